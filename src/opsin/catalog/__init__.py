@@ -1,0 +1,12 @@
+"""What exists: cards, search and `create()`.
+
+Reading the catalogue imports no torch; creating a system imports its own file and nothing else.
+"""
+
+from opsin.catalog.cards import Card, Variant, all_cards, card_of, find, list_cards, show, verdict_of
+from opsin.catalog.create import create, entry, parse_spec
+
+__all__ = [
+    "Card", "Variant", "all_cards", "card_of", "create", "entry", "find", "list_cards", "parse_spec", "show",
+    "verdict_of",
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""`create(name, **overrides)`: from a name to the object, importing one file."""
+
+import ast
+import re
+from importlib import import_module
+from typing import Any
+
+from opsin.catalog.cards import Card, find
+from opsin.errors import BadInput
+
+SPEC = re.compile(r"^(?P<name>[\w:./-]+)\s*(?:\((?P<options>.*)\))?$", re.DOTALL)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Splits `"metanet_t(mixer=tvconv, kernel_size=3)"` into a name and options.
+
+    Values are Python literals; a bare word is a string. Raises BadInput where the text does not parse.
+    """
+    match = SPEC.match(spec.strip())
+    if not match:
+        raise BadInput(f"'{spec}' is not a name or name(option=value, ...)")
+    if not match["options"]:
+        return match["name"], {}
+    try:
+        call = ast.parse(f"f({match['options']})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return match["name"], {str(k.arg): _value(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise BadInput(f"the options of '{spec}' do not read as option=value, option=value") from error
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+
+def entry(card: Card) -> Any:
+    """The class or function that a card points at."""
+    module, _, attribute = card.entry.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def create(name: str, *, weights: str | None = None, **overrides: Any) -> Any:
+    """Builds a system by key or variant name; overrides go to its constructor.
+
+    name: a key (`"tvconv"`), a variant (`"convnext_tiny"`), a spec with options (`"metanet_t(mixer=tvconv)"`), or
+        `"timm:resnet50"` for a timm model behind the backbone contract.
+    weights: None for fresh weights, `"shipped"` or `"hub"` for those that the card names, or the path of a
+        .safetensors or .pth file.
+    Raises UnknownName, or BadInput where an override is not an option of the system.
+    """
+    name, options = parse_spec(name)
+    options |= overrides
+    if name.startswith("timm:"):
+        return import_module("opsin.backbones.timm_model").TimmBackbone(name.removeprefix("timm:"), **options)
+    card, variant = find(name)
+    build = entry(card)
+    variants = getattr(import_module(build.__module__), "VARIANTS", {})
+    config = {**variants.get(name, {}), **options}
+    try:
+        system = build(**config)
+    except TypeError as error:
+        if "argument" in str(error):
+            raise BadInput(f"'{name}' cannot be built with {options or 'no options'}: {error}") from error
+        raise
+    if weights is not None:
+        import_module("opsin.layers.weights").load_published(system, weights, card, variant)
+    return system

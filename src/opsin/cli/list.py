@@ -1,0 +1,35 @@
+"""`opsin list`: what the catalogue holds."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from opsin.catalog import list_cards, verdict_of
+
+
+def command(
+    kind: Annotated[str | None, typer.Option(help="Only systems of this kind, e.g. backbone.")] = None,
+    search: Annotated[str | None, typer.Option(help="Only systems in whose card every word occurs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the systems."""
+    cards = list_cards(kind, search)
+    if as_json:
+        rows = [
+            {"key": c.key, "kind": c.kind, "year": c.year, "arxiv": c.arxiv, "summary": c.summary,
+             "variants": list(c.variants), "verdict": (verdict_of(c) or {}).get("verdict")}
+            for c in cards
+        ]  # fmt: skip
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, caption=f"{len(cards)} systems", caption_justify="left")
+    for heading in ("name", "kind", "year", "variants", "claim", "what it is"):
+        table.add_column(heading, no_wrap=heading != "what it is")
+    for c in cards:
+        verdict = (verdict_of(c) or {}).get("verdict", "")
+        table.add_row(c.key, c.kind, str(c.year or ""), str(len(c.variants) or ""), verdict, c.summary)
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Pooling, norms and activations that act on a map."""
