@@ -14,7 +14,7 @@ from typing import Any
 from opsin._verbs import ROOM_VERBS, VERBS
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "data", *VERBS]  # noqa: PLE0604, F822
+__all__ = ["__version__", "data", *VERBS]
 
 
 def __getattr__(name: str) -> Any:

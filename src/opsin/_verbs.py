@@ -1,7 +1,7 @@
 """Where each verb lives. Importing this file imports nothing else.
 
-Several verbs share their word with a room (`restore`, `measure`, ...). Such a room is a callable module: `opsin.restore`
-is the package, and `opsin.restore("photo.jpg")` runs the verb.
+Several verbs share their word with a room (`restore`, `measure`, ...). Such a room is a callable module:
+`opsin.restore` is the package, and `opsin.restore("photo.jpg")` runs the verb.
 """
 
 import sys

@@ -122,7 +122,7 @@ def card_of(name: str) -> Card:
 
 
 def list_cards(kind: str | None = None, search: str | None = None) -> list[Card]:
-    """The cards of one kind, or those in which every word of `search` occurs. Raises UnknownName for an unknown kind."""
+    """The cards of one kind, or those in which every word of `search` occurs. Raises UnknownName (kind)."""
     if kind is not None and kind not in KINDS:
         raise UnknownName("kind", kind, KINDS)
     words = (search or "").lower().split()

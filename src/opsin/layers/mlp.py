@@ -7,9 +7,7 @@ from torch import Tensor, nn
 class Mlp(nn.Module):
     """Linear, activation, Linear on the last axis."""
 
-    def __init__(
-        self, dim: int, hidden: int, act: type[nn.Module] = nn.GELU, bias: bool = True, drop: float = 0.0
-    ):
+    def __init__(self, dim: int, hidden: int, act: type[nn.Module] = nn.GELU, bias: bool = True, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.act = act()

@@ -1,7 +1,7 @@
 """Evidence: what a claim measured, with everything that is needed to judge and repeat it.
 
-A claim builds an `Experiment`, adds checks and paired comparisons to it, and returns `experiment.evidence()`. The verdict
-follows from them by one rule, the same for all systems; no claim words its own.
+A claim builds an `Experiment`, adds checks and paired comparisons to it, and returns `experiment.evidence()`. The
+verdict follows from them by one rule, the same for all systems; no claim words its own.
 """
 
 import importlib.util
@@ -139,7 +139,7 @@ class Experiment:
 def claim(
     name: str, *, budget: str | float = "5m", seeds: int = 3, output: Path | None = None, force: bool = False
 ) -> Evidence:
-    """Runs the claim of a system and writes its evidence. Raises BadInput where there is no claim, or evidence exists."""
+    """Runs the claim of a system and writes its evidence. Raises BadInput: no claim, or evidence exists already."""
     card = card_of(name)
     path = claim_file(card)
     if not path.is_file():

@@ -11,8 +11,8 @@ class Recipe(Callback):
     """The contract of the room.
 
     `transform` runs on every training batch, on its device, before the loss. `fit` seeds torch's generator from
-    (seed, step) before each step, so a recipe draws from it freely and still resumes bit for bit. Class targets may come
-    back as indices (n,) or as probabilities (n, k). Whatever a recipe keeps between steps goes through Lightning's
+    (seed, step) before each step, so a recipe draws from it freely and still resumes bit for bit. Class targets may
+    come back as indices (n,) or as probabilities (n, k). Whatever a recipe keeps between steps goes through Lightning's
     `state_dict` / `load_state_dict`.
     """
 

@@ -15,9 +15,7 @@ class Attack(Protocol):
         self, model: nn.Module, images: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"]
     ) -> Float[Tensor, "n c h w"]: ...
 
-    def allowed(
-        self, images: Float[Tensor, "n c h w"], attacked: Float[Tensor, "n c h w"]
-    ) -> Bool[Tensor, " n"]: ...
+    def allowed(self, images: Float[Tensor, "n c h w"], attacked: Float[Tensor, "n c h w"]) -> Bool[Tensor, " n"]: ...
 
 
 @runtime_checkable
