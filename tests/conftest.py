@@ -1,0 +1,22 @@
+"""Fixtures that every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def opsin_data() -> Path:
+    """The folder of real data that OPSIN_DATA names; the test is skipped where there is none."""
+    folder = os.environ.get("OPSIN_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs the data folder that the variable OPSIN_DATA names")
+    return Path(folder)
