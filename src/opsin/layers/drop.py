@@ -1,8 +1,8 @@
 """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): a residual branch is skipped for a whole sample."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,4 +26,6 @@ class DropPath(nn.Module):
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates growing linearly from 0 to `rate` over all blocks, split by stage."""
-    return [part.tolist() for part in torch.linspace(0, rate, sum(depths)).split(list(depths))]
+    total = max(sum(depths) - 1, 1)
+    starts = accumulate(depths, initial=0)
+    return [[rate * (start + i) / total for i in range(depth)] for start, depth in zip(starts, depths)]

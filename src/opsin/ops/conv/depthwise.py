@@ -1,0 +1,16 @@
+"""Depthwise convolution: one k x k filter per channel, no mixing of channels. The yardstick of the room."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class DepthwiseConv(nn.Conv2d):
+    """(N, C, H, W) -> the same, `dim` filters of `kernel_size` x `kernel_size`, 'same' zero padding."""
+
+    def __init__(self, dim: int, kernel_size: int = 7, dilation: int = 1, bias: bool = True):
+        super().__init__(
+            dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim, bias=bias
+        )
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        return super().forward(x)
