@@ -1,7 +1,7 @@
 """Where each verb lives. Importing this file imports nothing else.
 
-Several verbs share their word with a room (`restore`, `measure`, ...). Such a room is a callable module:
-`opsin.restore` is the package, and `opsin.restore("photo.jpg")` runs the verb.
+Several verbs share their word with a room (`restore`, `measure`, ...) or with their own file (`opsin/train/fit.py`).
+Such a module is callable: `opsin.restore` is the package, and `opsin.restore("photo.jpg")` runs the verb.
 """
 
 import sys
@@ -13,18 +13,18 @@ VERBS = {
     "list": "opsin.catalog:list_cards",
     "show": "opsin.catalog:show",
     "create": "opsin.catalog:create",
-    "fit": "opsin.train:fit",
-    "compare": "opsin.train:compare",
+    "fit": "opsin.train.fit:fit",
+    "compare": "opsin.train.compare:compare",
     "pretrain": "opsin.pretrain.verb:pretrain",
     "compress": "opsin.compress.verb:compress",
     "adapt": "opsin.adapt.verb:adapt",
     "explain": "opsin.explain.verb:explain",
     "restore": "opsin.restore.verb:restore",
-    "predict": "opsin.deploy:predict",
+    "predict": "opsin.deploy.predict:predict",
     "generate": "opsin.generate.verb:generate",
     "attack": "opsin.robust:attack",
     "measure": "opsin.measure.cost:measure",
-    "export": "opsin.deploy:export",
+    "export": "opsin.deploy.export:export",
     "claim": "opsin.measure.evidence:claim",
     "app": "opsin.app.page:launch",
 }
@@ -32,7 +32,7 @@ ROOM_VERBS = frozenset({"pretrain", "compress", "adapt", "explain", "restore", "
 
 
 class CallableRoom(ModuleType):
-    """A package that is also the verb of its name."""
+    """A module that is also the verb of its name."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         module, function = VERBS[self.__name__.rpartition(".")[2]].split(":")
@@ -40,5 +40,5 @@ class CallableRoom(ModuleType):
 
 
 def make_callable(room: str) -> None:
-    """Turns the room (its `__name__`) into the verb of the same word."""
+    """Turns the room or file (its `__name__`) into the verb of the same word."""
     sys.modules[room].__class__ = CallableRoom

@@ -1,0 +1,70 @@
+"""What an exported file says about itself, so that it can be used without the code that trained it.
+
+The same table is written into ONNX (metadata properties, text by text) and into a `.pt2` program (`opsin.json`).
+Normalisation belongs to the network, so none of it has to be known outside: every file takes images in [0, 1].
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from opsin.errors import BadInput
+from opsin.tasks import Classes, Images, Masks
+
+KEY = "opsin"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """name: the model. size: (height, width) that the model was trained and exported with. output: what comes out."""
+
+    name: str = ""
+    task: str = ""
+    classes: tuple[str, ...] = ()
+    channels: int = 3
+    size: tuple[int, int] = (224, 224)
+    output: str = "output"
+    values: str = "[0, 1]"
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_text(cls, text: str, source: str) -> "Facts":
+        """Reads what `to_text` wrote. Raises BadInput that names the file."""
+        try:
+            table = json.loads(text)
+            return cls(**{**table, "classes": tuple(table["classes"]), "size": tuple(table["size"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"'{source}' was not written by `opsin export` (its description does not read)") from error
+
+    def label(self, index: int) -> str:
+        """The name of a class, or its number where the classes have no names."""
+        return self.classes[index] if index < len(self.classes) else str(index)
+
+
+OUTPUTS = {Classes: "logits", Masks: "logits", Images: "images"}
+
+
+class TensorOutput(nn.Module):
+    """A model whose typed prediction is taken apart: image in, one tensor out, as files and explainers need it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Float[Tensor, "n c h w"]) -> Tensor:
+        prediction = self.model(image)
+        return prediction if isinstance(prediction, Tensor) else getattr(prediction, output_name(prediction))
+
+
+def output_name(prediction: object) -> str:
+    """What the one tensor of a prediction is called. Raises BadInput where a prediction is not one tensor."""
+    if isinstance(prediction, Tensor):
+        return "output"
+    for kind, name in OUTPUTS.items():
+        if isinstance(prediction, kind):
+            return name
+    raise BadInput(f"a model that predicts {type(prediction).__name__} has no single tensor to export")

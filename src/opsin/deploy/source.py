@@ -1,0 +1,44 @@
+"""From what a user names (a module, a run, its folder, a catalogue name) to a model and what is known of it."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from opsin.catalog import create, find
+from opsin.deploy.facts import Facts
+from opsin.errors import BadInput
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether `fit` wrote this folder."""
+    return (path / "config.json").is_file()
+
+
+def open_model(source: nn.Module | str | os.PathLike[str] | Any) -> tuple[nn.Module, Facts | None]:
+    """The model, and its description where the source has one (a run does). Raises BadInput, UnknownName."""
+    if isinstance(source, nn.Module):
+        return source, None
+    if not isinstance(source, str | os.PathLike):
+        return source.model(), run_facts(source)
+    path = Path(source)
+    if is_run_folder(path):
+        run = import_module("opsin.train.run").Run.load(path)  # by name: training ranks above deployment
+        return run.model(), run_facts(run)
+    if path.exists():
+        raise BadInput(f"'{path}' is not the folder of a run (it has no config.json)")
+    name = str(source)
+    size = find(name.partition("(")[0].strip())[1] if not name.startswith("timm:") else None
+    facts = Facts(name=name, size=(size.input, size.input)) if size and size.input else None
+    return create(name), facts
+
+
+def run_facts(run: Any) -> Facts:
+    """What a run's configuration says about its model."""
+    config = run.config
+    return Facts(
+        name=config["model"], task=config["task"], classes=tuple(config["classes"]), channels=config["channels"],
+        size=tuple(config["input_size"]),
+    )  # fmt: skip
