@@ -1,0 +1,23 @@
+"""Images to tokens."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchEmbed(nn.Module):
+    """(N, in_chans, H, W) -> (N, ceil(H/p), ceil(W/p), dim): one linear map per patch, then the norm if there is one.
+
+    Sides that are no multiple of the patch are padded with zeros at the right and the bottom.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, norm: type[nn.Module] = nn.Identity):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.norm = norm(dim)
+
+    def forward(self, x: Float[Tensor, "n k h w"]) -> Float[Tensor, "n h2 w2 c"]:
+        p = self.patch_size
+        x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
