@@ -23,10 +23,11 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         return match["name"], {}
     try:
         call = ast.parse(f"f({match['options']})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        return match["name"], {str(k.arg): _value(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError) as error:
-        raise BadInput(f"the options of '{spec}' do not read as option=value, option=value") from error
+        if isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords):
+            return match["name"], {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise BadInput(f"the options of '{spec}' do not read as option=value, option=value")
 
 
 def _value(node: ast.expr) -> Any:
