@@ -11,26 +11,8 @@ import opsin
 import opsin.deploy.export as export_module
 from opsin.deploy import export
 from opsin.deploy.export import ExportFailed, write
-from opsin.deploy.facts import Facts
 from opsin.deploy.runner import open_runner
 from opsin.errors import BadInput, MissingExtra
-from opsin.tasks import Classes
-
-FACTS = Facts("tiny", "classify", ("cat", "dog", "été"), 3, (16, 16), "logits")
-
-
-class Tiny(nn.Module):
-    """A task model: normalises inside, predicts `Classes`."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, images, targets=None):
-        return Classes(self.head(self.norm(self.conv(images - self.mean)).relu().mean((2, 3))))
 
 
 class FrozenBatch(nn.Module):
@@ -40,24 +22,19 @@ class FrozenBatch(nn.Module):
         return image.mean((1, 2, 3))[:, None] * (3 if image.shape[0] == 2 else 1)
 
 
-@pytest.fixture
-def model():
-    return Tiny().eval()
-
-
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_a_file_reproduces_the_model_for_any_batch(tmp_path, model, suffix):
-    exported = write(model, tmp_path / f"m.{suffix}", facts=FACTS)
+def test_a_file_reproduces_the_model_for_any_batch(tmp_path, model, suffix, facts):
+    exported = write(model, tmp_path / f"m.{suffix}", facts=facts)
     runner = open_runner(exported.path)
     assert exported.difference is not None and exported.difference < 1e-5
-    assert runner.facts == FACTS
+    assert runner.facts == facts
     for batch in (1, 2, 7):
         images = torch.rand(batch, 3, 16, 16)
         torch.testing.assert_close(runner(images), model(images).logits, atol=1e-5, rtol=0)
 
 
-def test_onnx_file_stands_alone(tmp_path, model):
-    path = export(model, tmp_path / "m.onnx", facts=FACTS)
+def test_onnx_file_stands_alone(tmp_path, model, facts):
+    path = export(model, tmp_path / "m.onnx", facts=facts)
     onnx.checker.check_model(str(path))
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]  # weights inside, nothing left behind
     session = onnxruntime.InferenceSession(path)
@@ -67,16 +44,16 @@ def test_onnx_file_stands_alone(tmp_path, model):
     np.testing.assert_allclose(logits, model(torch.from_numpy(images)).logits.detach(), atol=1e-5)
 
 
-def test_training_mode_is_left_alone_and_not_exported(tmp_path, model):
+def test_training_mode_is_left_alone_and_not_exported(tmp_path, model, facts):
     model.norm.running_mean.fill_(0.3)
     model.train()
-    exported = write(model, tmp_path / "m.onnx", facts=FACTS)
+    exported = write(model, tmp_path / "m.onnx", facts=facts)
     images = torch.rand(2, 3, 16, 16)
     assert model.training and all(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(open_runner(exported.path)(images), model.eval()(images).logits, atol=1e-5, rtol=0)
 
 
-def test_a_difference_above_the_tolerance_writes_nothing(tmp_path, model, monkeypatch):
+def test_a_difference_above_the_tolerance_writes_nothing(tmp_path, model, monkeypatch, facts):
     def writes_other_weights(network, *rest):
         original(network, *rest)
         nn.init.normal_(network.model.head.weight)
@@ -84,7 +61,7 @@ def test_a_difference_above_the_tolerance_writes_nothing(tmp_path, model, monkey
     original = export_module.WRITERS["onnx"]
     monkeypatch.setitem(export_module.WRITERS, "onnx", writes_other_weights)
     with pytest.raises(ExportFailed, match="differs from PyTorch"):
-        export(model, tmp_path / "m.onnx", facts=FACTS)
+        export(model, tmp_path / "m.onnx", facts=facts)
     assert not list(tmp_path.iterdir())
 
 
@@ -94,13 +71,13 @@ def test_a_batch_size_frozen_into_the_graph_is_refused(tmp_path):
     assert write(FrozenBatch(), tmp_path / "m.onnx", input_size=8, dynamic_batch=False).difference < 1e-5
 
 
-def test_nothing_is_replaced_without_force(tmp_path, model):
+def test_nothing_is_replaced_without_force(tmp_path, model, facts):
     path = tmp_path / "m.onnx"
     path.write_text("mine")
     with pytest.raises(BadInput, match="exists already"):
-        export(model, path, facts=FACTS)
+        export(model, path, facts=facts)
     assert path.read_text() == "mine"
-    assert export(model, path, facts=FACTS, force=True).stat().st_size > 1000
+    assert export(model, path, facts=facts, force=True).stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -112,15 +89,15 @@ def test_nothing_is_replaced_without_force(tmp_path, model):
         (".", {"input_size": 8}, "is a folder"),
     ],
 )
-def test_bad_requests_are_one_sentence(tmp_path, model, name, options, sentence):
+def test_bad_requests_are_one_sentence(tmp_path, model, name, options, sentence, facts):
     with pytest.raises(BadInput, match=sentence):
         export(model, tmp_path / name, **options)
 
 
-def test_onnx_missing_names_the_extra(tmp_path, model, monkeypatch):
+def test_onnx_missing_names_the_extra(tmp_path, model, monkeypatch, facts):
     monkeypatch.setattr(export_module, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"opsin\[export\]"):
-        export(model, tmp_path / "m.onnx", facts=FACTS)
+        export(model, tmp_path / "m.onnx", facts=facts)
 
 
 def test_files_that_are_not_models_are_named(tmp_path):

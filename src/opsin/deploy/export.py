@@ -7,7 +7,6 @@ export did, so that a batch frozen into the graph is found here and not in produ
 
 import copy
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -93,7 +92,7 @@ def write(
                 f"the exported '{path.name}' differs from PyTorch by {difference[0]:.2g}, more than {tolerance:g}; "
                 "nothing was written (a higher tolerance accepts it)"
             )
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return Exported(
@@ -105,7 +104,7 @@ def _target(path: Path, format: Format | None, force: bool) -> tuple[Path, Forma
     if path.is_dir():
         raise BadInput(f"'{path}' is a folder; name the file to write, for example {path / 'model.onnx'}")
     chosen = format or SUFFIXES.get(path.suffix.lower())
-    if chosen not in WRITERS:
+    if chosen is None or chosen not in WRITERS:
         raise BadInput(f"'{path.name}' does not say the format; end it in .onnx or .pt2, or pass format='onnx'")
     if path.exists() and not force:
         raise BadInput(f"'{path}' exists already; use --force to replace it, or another name")
@@ -177,7 +176,9 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path, facts: Facts, d
             raise ExportFailed(f"ONNX cannot express this model: {first}; export to .pt2 instead") from error
         assert onnx is not None
         if dynamic_batch:
-            onnx.rename_axes({onnx.model.graph.inputs[0].shape[0]: "batch"})
+            shape = onnx.model.graph.inputs[0].shape
+            assert shape is not None and not isinstance(shape[0], int)
+            onnx.rename_axes({shape[0]: "batch"})
         onnx.model.metadata_props[KEY] = facts.to_text()
         onnx.model.producer_name = "opsin"
         onnx.save(str(path), external_data=False)
@@ -185,9 +186,7 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path, facts: Facts, d
 
 def _write_torch(network: nn.Module, example: Tensor, path: Path, facts: Facts, dynamic_batch: bool) -> None:
     with _quiet(), path.open("wb") as file:
-        torch.export.save(
-            _program(network, example, dynamic_batch), file, extra_files={f"{KEY}.json": facts.to_text()}
-        )
+        torch.export.save(_program(network, example, dynamic_batch), file, extra_files={f"{KEY}.json": facts.to_text()})
 
 
 WRITERS: dict[str, Callable[[nn.Module, Tensor, Path, Facts, bool], None]] = {

@@ -13,13 +13,12 @@ forward cannot be traced keeps its pairs, and everything below it is still looke
 import copy
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+NORMS: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -46,14 +45,14 @@ def _fold_norms(model: nn.Module) -> None:
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for parent in list(model.modules()):
         for conv_name, norm_name in _pairs(parent):
-            conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
+            conv, norm = parent.get_submodule(conv_name), cast(Any, parent.get_submodule(norm_name))
             if places[id(conv)] == places[id(norm)] == 1 and _foldable(conv, norm):
-                parent.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+                parent.set_submodule(conv_name, fuse_conv_bn_eval(cast(Any, conv), norm))
                 parent.set_submodule(norm_name, nn.Identity())
 
 
 def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
-    plain = type(conv) in CONVOLUTIONS and type(norm) is NORMS[type(conv)]
+    plain = type(conv) in NORMS and type(norm) is NORMS[type(conv)]
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
     return plain and not hooked and getattr(norm, "running_mean", None) is not None
 
@@ -67,7 +66,7 @@ class _OneLevel(fx.Tracer):
 
 def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
     """Names of (convolution, what alone reads its output) in the forward of `parent`, each called once."""
-    if not any(type(child) in CONVOLUTIONS for child in parent.modules()):
+    if not any(type(child) in NORMS for child in parent.modules()):
         return
     try:
         graph: Any = _OneLevel().trace(parent)
@@ -77,6 +76,7 @@ def _pairs(parent: nn.Module) -> Iterator[tuple[str, str]]:
     times = Counter(node.target for node in calls)
     for norm in calls:
         conv = norm.args[0] if norm.args else None
-        if isinstance(conv, fx.Node) and conv.op == "call_module" and len(conv.users) == 1:
-            if times[conv.target] == times[norm.target] == 1:
-                yield conv.target, norm.target
+        if not isinstance(conv, fx.Node) or conv.op != "call_module" or len(conv.users) > 1:
+            continue
+        if times[conv.target] == times[norm.target] == 1:
+            yield str(conv.target), str(norm.target)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from opsin.catalog import create, find
+from opsin.catalog import create, find, parse_spec
 from opsin.deploy.facts import Facts
 from opsin.errors import BadInput
 
@@ -17,8 +17,14 @@ def is_run_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def open_model(source: nn.Module | str | os.PathLike[str] | Any) -> tuple[nn.Module, Facts | None]:
-    """The model, and its description where the source has one (a run does). Raises BadInput, UnknownName."""
+def open_model(
+    source: nn.Module | str | os.PathLike[str] | Any, *, weights: str | None = None
+) -> tuple[nn.Module, Facts | None]:
+    """The model, and its description where the source has one (a run does).
+
+    weights: for a name of the catalogue, as `create` takes them.
+    Raises BadInput, UnknownName.
+    """
     if isinstance(source, nn.Module):
         return source, None
     if not isinstance(source, str | os.PathLike):
@@ -30,9 +36,9 @@ def open_model(source: nn.Module | str | os.PathLike[str] | Any) -> tuple[nn.Mod
     if path.exists():
         raise BadInput(f"'{path}' is not the folder of a run (it has no config.json)")
     name = str(source)
-    size = find(name.partition("(")[0].strip())[1] if not name.startswith("timm:") else None
-    facts = Facts(name=name, size=(size.input, size.input)) if size and size.input else None
-    return create(name), facts
+    variant = None if name.startswith("timm:") else find(parse_spec(name)[0])[1]
+    facts = Facts(name=name, size=(variant.input, variant.input)) if variant and variant.input else None
+    return create(name, weights=weights), facts
 
 
 def run_facts(run: Any) -> Facts:
