@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opsin.errors import BadInput
+
 IGNORE = 255
 
 
@@ -60,16 +62,23 @@ class Data:
 
     @property
     def train(self) -> Split:
-        return self.splits["train"]
+        return self._first("train")
 
     @property
     def val(self) -> Split:
-        """The split that models are chosen on; the test split where there is no other."""
-        return self.splits.get("val", self.splits.get("test", self.splits["train"]))
+        """The split that models are chosen on; the test split where there is no other, and then the training split."""
+        return self._first("val", "test", "train")
 
     @property
     def test(self) -> Split:
-        return self.splits.get("test", self.val)
+        """The test split, or else the validation split, or else the training split."""
+        return self._first("test", "val", "train")
+
+    def _first(self, *names: str) -> Split:
+        for name in names:
+            if name in self.splits:
+                return self.splits[name]
+        raise BadInput(f"the data set {self.name} has no split '{names[0]}'; it has: {', '.join(self.splits)}")
 
 
 class Subset:
@@ -89,7 +98,10 @@ class Subset:
 
 
 def open(source: str, **options: Any) -> Data:
-    """Opens a data set by name or path; see `opsin.data.sources`."""
+    """Opens a data set by name or path; options: see `opsin.data.options.Options`.
+
+    Raises BadInput, UnknownName, MissingData, each one sentence.
+    """
     from opsin.data.sources import open_source
 
     return open_source(source, **options)
