@@ -1,7 +1,7 @@
 """Boxes: COCO's JSON and Pascal VOC's XML.
 
-Both become `Boxes` with corners x0, y0, x1, y1 in pixels counted from the image's top left corner, clipped to the image;
-boxes without area are left out and listed. COCO gives x, y, width, height; crowds are left out. VOC gives 1-based
+Both become `Boxes` with corners x0, y0, x1, y1 in pixels counted from the image's top left corner, clipped to the
+image; boxes without area are left out and listed. COCO gives x, y, width, height; crowds are left out. VOC gives 1-based
 pixels, both inclusive, so one is taken off xmin and ymin. Classes: COCO's categories by their ids, VOC's by name.
 """
 
@@ -175,12 +175,12 @@ def _find(name: str, roots: list[Path], file: Path) -> Path:
     for root in roots:
         if (root / name).is_file():
             return root / name
-    raise BadInput(f"the annotations {file} name the image '{name}', which is not in {roots[0]}; pass its folder (images=)")
+    raise BadInput(
+        f"the annotations {file} name the image '{name}', which is not in {roots[0]}; pass its folder (images=)"
+    )
 
 
-def _boxes(
-    found: list[tuple[Corners, int]], size: tuple[float, float], image: Path, listing: Listing
-) -> Boxes:
+def _boxes(found: list[tuple[Corners, int]], size: tuple[float, float], image: Path, listing: Listing) -> Boxes:
     """Clipped to an image of (width, height)."""
     kept, labels = [], []
     for (x0, y0, x1, y1), label in found:

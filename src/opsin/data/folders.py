@@ -38,7 +38,8 @@ def flat(path: Path) -> Listing:
 def split_folders(path: Path) -> dict[str, Path]:
     """The folders of the splits by their canonical names, or {"": path} if there are none."""
     found = {SPLIT_NAMES[f.name.lower()]: f for f in subfolders(path) if f.name.lower() in SPLIT_NAMES}
-    return found if "train" in found or (found and len(found) == len(subfolders(path))) else {"": path}
+    alone = bool(found) and len(found) == len(subfolders(path))
+    return found if len(found) > 1 or alone else {"": path}  # one of them beside others is a class called "train"
 
 
 def subfolders(path: Path) -> list[Path]:

@@ -27,16 +27,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from opsin.errors import BadInput, OpsinError
 
 MAX_PIXELS = 178_956_970  # of one image: 0.5 GB of 8-bit RGB
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga .ico .mpo".split()
-)
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")  # MPO comes as JPEG
+SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jp2", ".avif", ".tga", ".ico",
+})  # fmt: skip
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")  # JPEG: MPO too
 GREY_MODES = frozenset({"1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -87,8 +88,7 @@ def read_array(
 def read_mask(source: ImageSource, name: str = "") -> Int[Tensor, "h w"]:
     """Reads an index image (grey, palette or 1-bit): the raw number of each pixel, as int64."""
     with opened(source, name) as image:
-        image = ImageOps.exif_transpose(image)
-        array = np.asarray(image)
+        array = np.asarray(ImageOps.exif_transpose(image))
         if array.ndim == 3 and array.shape[2] == 3 and (array == array[..., :1]).all():
             array = array[..., 0]
         if array.ndim != 2:
@@ -130,7 +130,7 @@ def describe(source: ImageSource) -> str:
 
 
 @contextmanager
-def opened(source: ImageSource, name: str = "") -> Iterator[Image.Image]:
+def opened(source: ImageSource, name: str = "") -> Iterator[ImageFile.ImageFile]:
     """An opened, not yet decoded image; whatever goes wrong inside becomes one sentence that names the file."""
     name = name or describe(source)
     try:
@@ -186,7 +186,7 @@ def _is_grey_palette(image: Image.Image) -> bool:
     return bool((colours == colours[:, :1]).all())
 
 
-def _has_end(image: Image.Image) -> bool:
+def _has_end(image: ImageFile.ImageFile) -> bool:
     """Whether the file ends as its format demands. False (so: decode to know) for formats without such a mark."""
     stream = image.fp
     assert stream is not None
@@ -211,19 +211,19 @@ def _has_end(image: Image.Image) -> bool:
     return False
 
 
-def _pixels(image: Image.Image, source: ImageSource, channels: int) -> Tensor:
+def _pixels(image: ImageFile.ImageFile, source: ImageSource, channels: int) -> Tensor:
     """Decodes to (C, H, W), uint8 or float32 in [0, 1]."""
     if image.mode in GREY_MODES - {"1", "L"}:
         grey = _deep_grey(ImageOps.exif_transpose(image), describe(source))
         return grey.expand(channels, -1, -1).clone()
     if _is_deep_colour(image):
         return _deep_colour(source, image.getexif().get(ORIENTATION, 1), channels)
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    upright: Image.Image = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
     mode = "L" if channels == 1 else "RGB"
-    array = np.array(image if image.mode == mode else image.convert("RGB").convert(mode))
+    array = np.array(upright if upright.mode == mode else upright.convert("RGB").convert(mode))
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
@@ -236,7 +236,7 @@ def _deep_grey(image: Image.Image, name: str) -> Float[Tensor, "1 h w"]:
     return torch.from_numpy(scaled)[None]
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
+def _is_deep_colour(image: ImageFile.ImageFile) -> bool:
     """Whether the file has 16 bits per channel where Pillow would keep 8."""
     if image.format == "PNG" and image.tile:
         return str(image.tile[0].args).endswith(";16B")

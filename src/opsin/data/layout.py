@@ -33,8 +33,10 @@ def find(source: str | Path, options: Options) -> Listing | Path:
             raise UnknownName("data set or folder", source, ("digits", *NAMES))
         raise BadInput(f"there is no file or folder {path}")
     if path.is_file() and path.suffix.lower() not in (".parquet", ".json", *VIDEO_SUFFIXES):
-        what = "a single image; give the folder that it lies in" if path.suffix.lower() in SUFFIXES else (
-            "no data set; give a folder, or a .parquet, .json (COCO) or video file"
+        what = (
+            "a single image; give the folder that it lies in"
+            if path.suffix.lower() in SUFFIXES
+            else ("no data set; give a folder, or a .parquet, .json (COCO) or video file")
         )
         raise BadInput(f"the file {path} is {what}")
     kind = options.kind or layout_of(path)

@@ -63,7 +63,7 @@ def _both(path: Path) -> tuple[Path, Path] | None:
     by_name = {folder.name.lower(): folder for folder in subfolders(path)}
     images = next((by_name[name] for name in IMAGES if name in by_name), None)
     masks = next((by_name[name] for name in MASKS if name in by_name and images_below(by_name[name])), None)
-    if masks and not images and not split_folders(path).get("train"):
+    if masks and not images and set(by_name) <= set(MASKS):
         raise BadInput(f"the folder {path} holds masks ({masks.name}/) but no images; put them into {path / 'images'}")
     return (images, masks) if images and masks else None
 

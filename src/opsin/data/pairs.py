@@ -2,7 +2,7 @@
 
     degraded/..., clean/...        split/degraded, split/clean        degraded/split, clean/split
 
-Names of the folders: `DEGRADED` and `CLEAN` (e.g. input and target, LR and HR, hazy and gt). A suffix of the scale in
+with no third folder beside them. Names of the folders: `DEGRADED` and `CLEAN` (e.g. input and target, LR and HR, hazy and gt). A suffix of the scale in
 the degraded file's name, as in 0801x4.png, is ignored. The clean image may be larger by a whole factor.
 """
 
@@ -13,7 +13,21 @@ from opsin.data.folders import images_below, split_folders, subfolders
 from opsin.data.splits import Item, Listing
 from opsin.errors import BadInput
 
-DEGRADED = ("degraded", "input", "inputs", "lr", "lq", "low", "noisy", "hazy", "haze", "rain", "rainy", "blur", "blurry")
+DEGRADED = (
+    "degraded",
+    "input",
+    "inputs",
+    "lr",
+    "lq",
+    "low",
+    "noisy",
+    "hazy",
+    "haze",
+    "rain",
+    "rainy",
+    "blur",
+    "blurry",
+)
 CLEAN = ("clean", "target", "targets", "hr", "hq", "high", "gt", "groundtruth", "clear", "norain", "sharp", "reference")
 
 
@@ -46,7 +60,7 @@ def _both(path: Path) -> tuple[Path, Path] | None:
     by_name = {folder.name.lower(): folder for folder in subfolders(path)}
     degraded = next((by_name[name] for name in DEGRADED if name in by_name), None)
     clean = next((by_name[name] for name in CLEAN if name in by_name), None)
-    return (degraded, clean) if degraded and clean else None
+    return (degraded, clean) if degraded and clean and len(by_name) == 2 else None
 
 
 def _pairs(degraded: Path, clean: Path, listing: Listing) -> list[Item]:

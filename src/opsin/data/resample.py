@@ -3,7 +3,7 @@
 Keys' kernel with a = -0.5; when shrinking, the kernel is widened by the factor (antialiasing); the weights of every
 output pixel sum to one. Borders: MATLAB mirrors the image with the edge pixel repeated ("symmetric"), Pillow and
 `torch.nn.functional.interpolate(antialias=True)` drop what lies outside and scale the rest up ("renormalise").
-Away from the border the two agree. Measured tolerances, float32 images in [0, 1], stated by tests/data/test_resample.py:
+Away from the border the two agree. Measured tolerances, float32 images in [0, 1] (tests/data/test_resample.py):
 1e-5 against both peers with "renormalise" everywhere and with "symmetric" away from the border.
 """
 

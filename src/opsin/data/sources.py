@@ -8,22 +8,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opsin.data import Data
+from opsin.data import Data, Split
 from opsin.data.degrade import Degradation, Degraded, degradation
-from opsin.data.images import fit, read_array
+from opsin.data.images import as_float, fit, read_array
 from opsin.data.layout import find
 from opsin.data.masks import mask_classes
 from opsin.data.options import Options
 from opsin.data.splits import (
-    Arrays, Crops, Item, Listing, ReadImage, ReadMasked, ReadPair, Samples, channel_statistics, complete, divide,
-    first, in_threads,
-)  # fmt: skip
+    Arrays,
+    Crops,
+    Item,
+    Listing,
+    ReadImage,
+    ReadMasked,
+    ReadPair,
+    Samples,
+    channel_statistics,
+    complete,
+    divide,
+    first,
+    in_threads,
+)
 from opsin.data.survey import survey
 from opsin.data.video import Frames
 from opsin.errors import BadInput
@@ -40,10 +52,11 @@ def open_source(source: str | Path, **options: Any) -> Data:
     """
     chosen = Options.of(options)
     degrade = degradation(chosen.degrade) if chosen.degrade else None
-    found = None if str(source) == "digits" else find(source, chosen)
-    data = _digits(chosen) if found is None else _video(found, chosen) if isinstance(found, Path) else _build(
-        found, chosen
-    )
+    if str(source) == "digits":
+        data = _digits(chosen)
+    else:
+        found = find(source, chosen)
+        data = _video(found, chosen) if isinstance(found, Path) else _build(found, chosen)
     if degrade:
         data = _degraded(data, degrade)
     if chosen.crop:
@@ -55,7 +68,9 @@ def open_source(source: str | Path, **options: Any) -> Data:
 def _build(listing: Listing, options: Options) -> Data:
     """Steps 2 to 4 of the module's list."""
     if options.size and listing.task in ("detect", "restore"):
-        raise BadInput(f"size={options.size!r} does not apply to the task '{listing.task}', which keeps its images' size")
+        raise BadInput(
+            f"size={options.size!r} does not apply to the task '{listing.task}', which keeps its images' size"
+        )
     numbers: dict[int, int] = {}
     if listing.task == "segment":
         masks = [item.target for items in listing.splits.values() for item in items]
@@ -71,9 +86,11 @@ def _build(listing: Listing, options: Options) -> Data:
     if _fits_in_memory(data, seen.splits):
         data.splits = {name: _decoded(items, data, options) for name, items in seen.splits.items()}
         return data
-    read = {"segment": ReadMasked(channels, numbers, options.shape), "restore": ReadPair(channels)}.get(
-        data.task, ReadImage(channels, options.shape)
-    )
+    read: Callable[[Item], tuple[Any, Any]] = ReadImage(channels, options.shape)
+    if data.task == "segment":
+        read = ReadMasked(channels, numbers, options.shape)
+    elif data.task == "restore":
+        read = ReadPair(channels)
     data.splits = {name: Samples(items, read, data.skipped) for name, items in seen.splits.items()}
     return data
 
@@ -89,17 +106,19 @@ def _decoded(items: list[Item], data: Data, options: Options) -> Arrays:
 
     def decode(item: Item) -> torch.Tensor | str:
         try:
-            image = read_array(item.image, data.channels, size=options.shape)
+            return read_array(item.image, data.channels, size=options.shape)
         except BadInput as error:
             return str(error)
-        return image if image.dtype == torch.uint8 else image.mul(255).round().byte()
 
     results = in_threads(decode, items)
     data.skipped += [(str(item.image), r) for item, r in zip(items, results) if isinstance(r, str)]
     pairs = [(item.target, image) for item, image in zip(items, results) if isinstance(image, torch.Tensor)]
     if not pairs:
         raise BadInput(f"none of the {len(items)} images of a split of {data.name} can be read: {data.skipped[-1][1]}")
-    return Arrays(torch.stack([image for _, image in pairs]), torch.tensor([label for label, _ in pairs]))
+    images, labels = [image for _, image in pairs], torch.tensor([label for label, _ in pairs])
+    if all(image.dtype == torch.uint8 for image in images):
+        return Arrays(torch.stack(images), labels)
+    return Arrays(torch.stack([as_float(image) for image in images]), labels, top=1)
 
 
 def _digits(options: Options) -> Data:
@@ -139,7 +158,7 @@ def _degraded(data: Data, degrade: Degradation) -> Data:
     size = data.size and (data.size[0] // degrade.scale, data.size[1] // degrade.scale)
     if size and min(size) < 1:
         raise BadInput(f"the images of {data.name} are too small for a scale of {degrade.scale}")
-    splits = {name: Degraded(split, degrade) for name, split in data.splits.items()}
+    splits: dict[str, Split] = {name: Degraded(split, degrade) for name, split in data.splits.items()}
     return replace(data, task="restore", splits=splits, classes=(), size=size, scale=degrade.scale)
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsin.data import IGNORE, Split
-from opsin.data.images import ImageSource, fit, fit_nearest, read_image, read_mask
+from opsin.data.images import ImageSource, describe, fit, fit_nearest, read_image, read_mask
 from opsin.errors import BadInput
 
 TEST, VAL = 0.2, 0.1
@@ -89,7 +89,9 @@ class ReadMasked:
     def __call__(self, item: Item) -> tuple[Float[Tensor, "c h w"], Int[Tensor, "h w"]]:
         image, raw = read_image(item.image, self.channels), read_mask(item.target)
         if raw.shape != image.shape[-2:]:
-            raise BadInput(f"the mask {item.target} is {_by(raw)}, but its image {item.image} is {_by(image)}")
+            raise BadInput(
+                f"the mask {item.target} is {_by(raw)}, but its image {describe(item.image)} is {_by(image)}"
+            )
         mask = self._classes(raw, item.target)
         return (image, mask) if self.size is None else self._fit(image, mask, self.size)
 
@@ -134,12 +136,12 @@ class Samples:
                 return self.read(self.items[place])
             except BadInput as error:
                 self.broken.add(place)
-                self.skipped.append((str(self.items[place].image), str(error)))
+                self.skipped.append((describe(self.items[place].image), str(error)))
         raise BadInput(f"none of the {len(self)} images can be read; the first: {self.skipped[-1][1]}")
 
 
 class Arrays:
-    """A split that lies decoded in memory: uint8 (N, C, H, W) and classes (N,); `top` is the number that means 1.0.
+    """A split that lies decoded in memory: (N, C, H, W) and classes (N,); `top` is the number that means 1.0.
 
     `images` and `labels` are there for loops that gather whole batches; item access gives float32 in [0, 1].
     """
@@ -225,7 +227,13 @@ def channel_statistics(split: Split, sample: int = 256) -> tuple[tuple[float, ..
         std, mean = torch.std_mean(images, dim=(0, 2, 3), correction=0)
         return tuple(mean.tolist()), tuple(std.tolist())
     chosen = permutation(len(split), "statistics")[:sample]
-    sums = np.array(in_threads(lambda i: _moments(split[i][0]), chosen)).sum(0)
+    in_order = getattr(split, "in_order", False)
+    moments = (
+        [_moments(split[i][0]) for i in sorted(chosen)]
+        if in_order
+        else in_threads(lambda i: _moments(split[i][0]), chosen)
+    )
+    sums = np.array(moments).sum(0)
     count, total, squares = sums[..., 0], sums[..., 1], sums[..., 2]
     mean = total / count
     return tuple(mean.tolist()), tuple(np.sqrt(np.maximum(squares / count - mean**2, 0)).tolist())
@@ -248,6 +256,7 @@ class Crops:
         if side % scale:
             raise BadInput(f"crop={side}: it must be a multiple of the scale {scale}")
         self.split, self.side, self.scale, self.epoch = split, side, scale, 0
+        self.in_order = getattr(split, "in_order", False)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves the crops, and lets the split below follow."""
