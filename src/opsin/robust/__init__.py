@@ -1,7 +1,7 @@
 """Attacks, defences, consistency. Images are in [0, 1]: normalisation belongs inside the model."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -23,10 +23,3 @@ class Defence(Protocol):
     """Changes how a model computes for the time of a `with` block."""
 
     def apply(self, model: nn.Module) -> AbstractContextManager[nn.Module]: ...
-
-
-def attack(*args: Any, **options: Any) -> Any:
-    """Runs an attack on a model and reports the fooling rate; see `opsin.robust.verb`."""
-    from opsin.robust.verb import attack as run
-
-    return run(*args, **options)
