@@ -1,7 +1,7 @@
 """SimMIM's claim: large hidden cells and a one-layer head make masked image modelling a good pre-training.
 
-A small ViT on CIFAR-10: pre-trained without labels with hidden cells of 4, 8 and 16 pixels, and with a two-block decoder
-in place of the linear head; then fine-tuned on 1,000 labels, against the same fine-tuning from scratch.
+A small ViT on CIFAR-10: pre-trained without labels with hidden cells of 4, 8 and 16 pixels, and with a two-block
+decoder in place of the linear head; then fine-tuned on 1,000 labels, against the same fine-tuning from scratch.
 """
 
 import torch
@@ -110,6 +110,6 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.compare("cell 8 over scratch (points)", scores["cell 8"], scores["scratch"], 3.0)
     return experiment.evidence(
         budget,
-        notes=f"ViT of width {DIM} and depth {DEPTH}, {steps} steps of 128 images of pre-training: far from the paper's "
-        "800 epochs; a smaller net and shorter schedule than the fact sheet's proposal, to fit a laptop.",
+        notes=f"ViT of width {DIM} and depth {DEPTH}, {steps} steps of 128 images of pre-training: far from the "
+        "paper's 800 epochs; a smaller net and shorter schedule than the fact sheet's proposal, to fit a laptop.",
     )
