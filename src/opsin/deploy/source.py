@@ -42,9 +42,11 @@ def open_model(
 
 
 def run_facts(run: Any) -> Facts:
-    """What a run's configuration says about its model."""
-    config = run.config
+    """What a run's configuration says about its model. Raises BadInput where its images differed in size."""
+    data, request = run.config["data"], run.config["request"]
+    if not data["size"]:
+        raise BadInput(f"the run '{run.path}' was trained on images of different sizes; pass input_size (--input)")
     return Facts(
-        name=config["model"], task=config["task"], classes=tuple(config["classes"]), channels=config["channels"],
-        size=tuple(config["input_size"]),
+        name=request["model"], task=request["task"], classes=tuple(data["classes"]), channels=data["channels"],
+        size=(data["size"][0], data["size"][1]),
     )  # fmt: skip
