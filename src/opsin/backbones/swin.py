@@ -34,6 +34,8 @@ from opsin.layers.windows import Shift, merge, pad_to_windows, partition, shift_
 class WindowAttention(Attention):
     """Attention among the tokens of each window, with a learned bias per offset and head (eq. 4)."""
 
+    no_weight_decay = ("relative_position_bias_table",)
+
     def __init__(self, dim: int, num_heads: int, window: tuple[int, int]):
         super().__init__(dim, num_heads)
         self.window = window

@@ -64,6 +64,8 @@ class VisionTransformer(Backbone):
         rel_pos_bias: None for position embeddings; "shared" for one bias table, "per_layer" for one in each block.
     """
 
+    no_weight_decay = ("cls_token", "pos_embed")
+
     def __init__(
         self, dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, patch_size: int = 16,
         image_size: int | tuple[int, int] = 224, num_classes: int = 1000, in_chans: int = 3,

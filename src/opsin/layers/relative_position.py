@@ -36,6 +36,8 @@ class RelativePositionBias(nn.Module):
     interpolated table.
     """
 
+    no_weight_decay = ("relative_position_bias_table",)
+
     def __init__(self, grid: tuple[int, int], num_heads: int):
         super().__init__()
         self.grid = grid
