@@ -5,12 +5,11 @@ from torch import Tensor, nn
 
 
 class DepthwiseConv(nn.Conv2d):
-    """(N, C, H, W) -> the same, `dim` filters of `kernel_size` x `kernel_size`, 'same' zero padding."""
+    """(N, C, H, W) -> the same at stride 1, `dim` filters of `kernel_size` x `kernel_size`, 'same' zero padding."""
 
-    def __init__(self, dim: int, kernel_size: int = 7, dilation: int = 1, bias: bool = True):
-        super().__init__(
-            dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim, bias=bias
-        )
+    def __init__(self, dim: int, kernel_size: int = 7, dilation: int = 1, bias: bool = True, stride: int = 1):
+        padding = dilation * (kernel_size // 2)
+        super().__init__(dim, dim, kernel_size, stride, padding, dilation=dilation, groups=dim, bias=bias)
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
         return super().forward(x)

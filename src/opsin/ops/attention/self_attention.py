@@ -1,0 +1,30 @@
+"""Multi-head self-attention over all positions (Vaswani et al. 2017, arXiv:1706.03762): the global baseline."""
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opsin.errors import BadInput
+
+
+class SelfAttention(nn.Module):
+    """(N, C, H, W) -> the same; heads of 32 channels by default. Raises BadInput where heads do not divide channels."""
+
+    def __init__(self, dim: int, num_heads: int | None = None, qkv_bias: bool = True):
+        super().__init__()
+        self.num_heads = max(1, dim // 32) if num_heads is None else num_heads
+        if dim % self.num_heads:
+            raise BadInput(f"num_heads={self.num_heads} does not divide the {dim} channels")
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        for layer in (self.qkv, self.proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = rearrange(self.qkv(tokens), "n x (three heads d) -> three n heads x d", three=3, heads=self.num_heads)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads x d -> n x (heads d)")
+        return self.proj(out).transpose(1, 2).unflatten(2, x.shape[2:])
