@@ -1,8 +1,9 @@
 """Boxes: COCO's JSON and Pascal VOC's XML.
 
 Both become `Boxes` with corners x0, y0, x1, y1 in pixels counted from the image's top left corner, clipped to the
-image; boxes without area are left out and listed. COCO gives x, y, width, height; crowds are left out. VOC gives 1-based
-pixels, both inclusive, so one is taken off xmin and ymin. Classes: COCO's categories by their ids, VOC's by name.
+image; boxes without area are left out and listed. COCO gives x, y, width, height; crowds are left out. VOC gives
+1-based pixels, both inclusive, so one is taken off xmin and ymin. Classes: COCO's categories by their ids, VOC's by
+name.
 """
 
 import json

@@ -2,8 +2,9 @@
 
     degraded/..., clean/...        split/degraded, split/clean        degraded/split, clean/split
 
-with no third folder beside them. Names of the folders: `DEGRADED` and `CLEAN` (e.g. input and target, LR and HR, hazy and gt). A suffix of the scale in
-the degraded file's name, as in 0801x4.png, is ignored. The clean image may be larger by a whole factor.
+with no third folder beside them. Names of the folders: `DEGRADED` and `CLEAN` (e.g. input and target, LR and HR, hazy
+and gt). A suffix of the scale in the degraded file's name, as in 0801x4.png, is ignored. The clean image may be larger
+by a whole factor.
 """
 
 import re

@@ -84,7 +84,10 @@ def _build(listing: Listing, options: Options) -> Data:
         skipped=listing.skipped, scale=seen.scale,
     )  # fmt: skip
     if _fits_in_memory(data, seen.splits):
-        data.splits = {name: _decoded(items, data, options) for name, items in seen.splits.items()}
+        decoded = {name: _decoded(items, data, options) for name, items in seen.splits.items()}
+        data.splits = {name: arrays for name, arrays in decoded.items() if arrays is not None}
+        if not data.splits:
+            raise BadInput(f"no image of the data set {data.name} can be read; the first: {data.skipped[0][1]}")
         return data
     read: Callable[[Item], tuple[Any, Any]] = ReadImage(channels, options.shape)
     if data.task == "segment":
@@ -101,8 +104,8 @@ def _fits_in_memory(data: Data, splits: dict[str, list[Item]]) -> bool:
     return sum(map(len, splits.values())) * data.channels * data.size[0] * data.size[1] <= ARRAY_BYTES
 
 
-def _decoded(items: list[Item], data: Data, options: Options) -> Arrays:
-    """Decodes a split; what turns out to be damaged is left out and listed."""
+def _decoded(items: list[Item], data: Data, options: Options) -> Arrays | None:
+    """Decodes a split; what turns out to be damaged is left out and listed. None if nothing is left."""
 
     def decode(item: Item) -> torch.Tensor | str:
         try:
@@ -114,7 +117,7 @@ def _decoded(items: list[Item], data: Data, options: Options) -> Arrays:
     data.skipped += [(str(item.image), r) for item, r in zip(items, results) if isinstance(r, str)]
     pairs = [(item.target, image) for item, image in zip(items, results) if isinstance(image, torch.Tensor)]
     if not pairs:
-        raise BadInput(f"none of the {len(items)} images of a split of {data.name} can be read: {data.skipped[-1][1]}")
+        return None
     images, labels = [image for _, image in pairs], torch.tensor([label for label, _ in pairs])
     if all(image.dtype == torch.uint8 for image in images):
         return Arrays(torch.stack(images), labels)

@@ -27,6 +27,9 @@ class Frames:
     """
 
     in_order = True
+    process: int
+    current: Any
+    following: Any
 
     def __init__(self, path: Path, channels: int = 3, stride: int = 1):
         self.path, self.channels, self.stride = path, channels, stride
