@@ -138,9 +138,7 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.check("connected parts of SR over those of LRP", ratio, "<=", 0.5)
     experiment.record("rank correlation with fresh weights", similar)
     experiment.check("rank correlation with fresh weights", float(np.mean(similar)), "<", 0.5)
-    return experiment.evidence(
-        budget, notes=f"{count} rightly read test scenes per seed; {Lrp.method} by Epsilon and z+"
-    )
+    return experiment.evidence(budget, notes=f"{count} rightly read test scenes per seed; rules Epsilon and z+")
 
 
 def trained(seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor, list[tuple[int, int]]], list[int]]:

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.explain.target import scores
+from opsin.tasks.logits import scores
 from opsin.layers import LayerNorm2d
 from opsin.layers.attention import Attention
 

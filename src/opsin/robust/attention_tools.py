@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin.errors import BadInput
-from opsin.explain.target import scores
+from opsin.tasks.logits import scores
 from opsin.layers.attention import Attention
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.explain.target import scores
+from opsin.tasks.logits import scores
 
 Corruption = Callable[[Tensor], Tensor]
 VARIANTS = {

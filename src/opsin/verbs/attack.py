@@ -11,7 +11,7 @@ from opsin.catalog import card_of, create
 from opsin.data import Data
 from opsin.deploy.source import open_model
 from opsin.errors import BadInput
-from opsin.explain.target import scores
+from opsin.tasks.logits import scores
 from opsin.robust.attention_tools import AttentionTemperature
 from opsin.robust.vit_patch_robustness import PatchCorruption
 

@@ -1,4 +1,4 @@
-"""What every explainer needs of a model: its class scores."""
+"""Class scores of whatever kind of model."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,5 +11,5 @@ def scores(model: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Tensor, 
     out = model(images)
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise BadInput(f"{type(model).__name__} gives no class scores, so there is no class to explain")
+        raise BadInput(f"{type(model).__name__} gives no class scores; a classifier is needed")
     return logits

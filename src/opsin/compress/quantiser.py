@@ -1,0 +1,102 @@
+"""Uniform quantisation by asymmetric min-max, and layers that store and compute with it.
+
+    scale = (2^b - 1) / (max - min);  zero = round(scale min) + 2^(b-1)
+    q = clamp(round(scale x - zero), -2^(b-1), 2^(b-1) - 1);  x' = (q + zero) / scale
+
+Weights have one range per output channel, activations one per tensor.
+"""
+
+from functools import partial
+from math import prod
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+QUANTISABLE = (*CONVOLUTIONS, nn.Linear)
+
+
+def codes_of(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer codes of x, the scale and the zero point for the range low..high (which broadcasts against x)."""
+    half = 2 ** (bits - 1)
+    scale = (2**bits - 1) / (high - low).clamp(min=1e-8)
+    zero = torch.round(scale * low) + half
+    return torch.clamp(torch.round(scale * x - zero), -half, half - 1), scale, zero
+
+
+def fake_quantise(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """x rounded to the nearest of 2^bits evenly spaced values from low to high."""
+    codes, scale, zero = codes_of(x, low, high, bits)
+    return (codes + zero) / scale
+
+
+def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and largest weight of every output channel, shaped to broadcast."""
+    axes = tuple(range(1, weight.ndim))
+    return weight.amin(axes, keepdim=True), weight.amax(axes, keepdim=True)
+
+
+def pack_codes(codes: Int[Tensor, " n"], bits: int) -> Int[Tensor, " m"]:
+    """Codes 0..2^bits - 1 as bytes, the first in the lowest bits; bits divides 8."""
+    per_byte = 8 // bits
+    padded = F.pad(codes, (0, -len(codes) % per_byte)).view(-1, per_byte).to(torch.int32)
+    shifts = bits * torch.arange(per_byte, dtype=torch.int32, device=codes.device)
+    return (padded << shifts).sum(1).to(torch.uint8)
+
+
+def unpack_codes(packed: Int[Tensor, " m"], bits: int) -> Int[Tensor, " n"]:
+    """The inverse; the last byte may hold a few codes too many."""
+    shifts = bits * torch.arange(8 // bits, dtype=torch.int32, device=packed.device)
+    return ((packed.to(torch.int32)[:, None] >> shifts) & (2**bits - 1)).flatten()
+
+
+class QuantisedLayer(nn.Module):
+    """A convolution or linear layer whose weights are stored in 2, 4 or 8 bits and unpacked when used."""
+
+    def __init__(self, layer: nn.Module, bits: int):
+        super().__init__()
+        weight = layer.weight.detach()
+        codes, scale, zero = codes_of(weight, *channel_range(weight), bits)
+        self.bits, self.shape, self.kind = bits, tuple(weight.shape), type(layer).__name__
+        self.register_buffer("codes", pack_codes((codes + 2 ** (bits - 1)).flatten().to(torch.int32), bits))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        self.compute = F.linear
+        if not isinstance(layer, nn.Linear):
+            function = CONVOLUTIONS[type(layer)]
+            geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+            self.compute = partial(function, **geometry)
+
+    def weight(self) -> Tensor:
+        """The weights that the codes stand for."""
+        codes = unpack_codes(self.codes, self.bits)[: prod(self.shape)].view(self.shape) - 2 ** (self.bits - 1)
+        return (codes + self.zero) / self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {self.shape}, bits={self.bits}"
+
+
+class QuantisedActivation(nn.Module):
+    """An activation function whose output is rounded to `bits` bits within a range that was calibrated and frozen."""
+
+    def __init__(self, act: nn.Module, bits: int):
+        super().__init__()
+        self.act, self.bits, self.calibrating = act, bits, True
+        self.register_buffer("low", torch.tensor(float("inf")))
+        self.register_buffer("high", torch.tensor(float("-inf")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(x)
+        if self.calibrating:
+            self.low, self.high = torch.minimum(self.low, x.amin()), torch.maximum(self.high, x.amax())
+            return x
+        return fake_quantise(x, self.low, self.high, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
