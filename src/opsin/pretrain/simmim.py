@@ -39,7 +39,9 @@ class SimMIM(Pretrainer):
 
     def __init__(self, backbone: Backbone | str, mask_patch: int = 32, ratio: float = 0.6, in_chans: int = 3):
         super().__init__()
-        self.backbone = create(backbone) if isinstance(backbone, str) else backbone
+        if isinstance(backbone, str):
+            backbone = create(backbone, in_chans=in_chans, num_classes=0)
+        self.backbone = backbone
         if not hasattr(self.backbone, "embed") or not hasattr(self.backbone, "encode"):
             raise BadInput(f"SimMIM needs a backbone of tokens (vit, swin), not {type(self.backbone).__name__}")
         if not 0 < ratio < 1:

@@ -11,9 +11,9 @@ from opsin.catalog import card_of, create
 from opsin.data import Data
 from opsin.deploy.source import open_model
 from opsin.errors import BadInput
-from opsin.tasks.logits import scores
 from opsin.robust.attention_tools import AttentionTemperature
 from opsin.robust.vit_patch_robustness import PatchCorruption
+from opsin.tasks.logits import scores
 
 
 @dataclass
