@@ -9,6 +9,7 @@ TASKS = {
     "classify": "opsin.tasks.classify:Classify",
     "segment": "opsin.tasks.segment:Segment",
     "restore": "opsin.tasks.restore:Restore",
+    "pretrain": "opsin.pretrain.task:Pretrain",
 }
 
 

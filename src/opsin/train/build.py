@@ -14,7 +14,7 @@ from opsin.data import Data
 from opsin.errors import BadInput
 from opsin.tasks import Task, TaskModel
 
-NETWORKS = ("backbone", "classifier", "segmenter", "restorer", "dense")
+NETWORKS = ("backbone", "classifier", "segmenter", "restorer", "dense", "pretrainer")
 
 
 def build_network(spec: str, data: Data) -> nn.Module:
@@ -41,7 +41,7 @@ def build_network(spec: str, data: Data) -> nn.Module:
 def _asked(data: Data) -> dict[str, Any]:
     size = data.size and (data.size[0] if data.size[0] == data.size[1] else data.size)
     return {
-        "num_classes": len(data.classes), "in_chans": data.channels, "input_size": size, "img_size": size,
+        "num_classes": len(data.classes), "in_chans": data.channels, "input_size": size, "image_size": size,
         "scale": data.scale if data.task == "restore" else None,
     }  # fmt: skip
 
