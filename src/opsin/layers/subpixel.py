@@ -38,7 +38,7 @@ def transposed(conv: SubPixelConv2d) -> nn.ConvTranspose2d:
     """The same function as one transposed convolution of stride r and kernel k r: w[a + r(k-1-u)] = W_a[u] per axis."""
     r, k = conv.scale, conv.kernel_size[0]
     out = conv.out_channels // r**2
-    result = nn.ConvTranspose2d(conv.in_channels, out, k * r, stride=r, padding=r * (k // 2))
+    result = nn.ConvTranspose2d(conv.in_channels, out, k * r, stride=r, padding=r * (k // 2)).to(conv.weight)
     weight = conv.weight.detach().reshape(out, r, r, conv.in_channels, k, k).flip(-1, -2)
     with torch.no_grad():  # (out, a, b, in, u, v) -> (in, out, u a, v b)
         result.weight.copy_(weight.permute(3, 0, 4, 1, 5, 2).reshape(conv.in_channels, out, k * r, k * r))

@@ -1,8 +1,9 @@
 """Photos as files: what restoring must keep of one beside its colours, and how it is written again.
 
 Kept: the depth (8 or 16 bits), grey as grey, transparency, the EXIF record with its orientation (pixels stay stored as
-they were), and the colour profile where it describes what is written. Palette images become RGB or RGBA; CMYK and other
-colour spaces become RGB, and their profile, which would be wrong, is dropped; of an animation the first frame is taken.
+they were; TIFF files are turned upright), and the colour profile where it describes what is written. Palette images
+become RGB or RGBA; CMYK and other colour spaces become RGB, and their profile, which would be wrong, is dropped; of an
+animation the first frame is taken.
 """
 
 import struct
@@ -66,14 +67,17 @@ class Photo:
 def read_photo(path: Path) -> Photo:
     """Reads a file. Raises BadInput that names it where it cannot be read."""
     with opened(path) as image:
+        grey = image.mode.startswith("I") or image.mode == "F"
+        deep = not grey and _is_deep_colour(image)  # asked first: reading the record may decode the file
         exif, profile = _exif(image), image.info.get("icc_profile")
-        if image.mode.startswith("I") or image.mode == "F":
-            orientation = image.getexif().get(Base.Orientation, 1)
-            pixels, alpha = _deep_grey(path, orientation), None
-        elif _is_deep_colour(image):
+        if deep:
             pixels, alpha = _deep_colour(path)
         else:
-            pixels, alpha = _shallow(image)
+            image.load()
+            orientation = image.getexif().get(Base.Orientation, 1)
+            if exif and orientation == 1:  # Pillow has turned it already, which it does with TIFF files
+                exif.pop(Base.Orientation, None)
+            pixels, alpha = (_deep_grey(path, orientation), None) if grey else _shallow(image)
     if profile is not None and profile[16:20] != (b"GRAY" if pixels.shape[2] == 1 else b"RGB "):
         profile = None
     return Photo(pixels, alpha, exif, profile)
@@ -151,12 +155,13 @@ def write_photo(photo: Photo, path: Path) -> Path:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _encode(photo, part, WRITTEN[path.suffix.lower()][0])
-        part.replace(path)
+        try:
+            _encode(photo, part, WRITTEN[path.suffix.lower()][0])
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"'{path}' cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -98,9 +98,8 @@ def _folder(job: Job, source: Path, output: Path, result: Restored, bar: "Bar") 
         except OpsinError as error:
             result.skipped.append((photo, str(error)))
     if not result and not result.there:
-        raise BadInput(
-            f"none of the {len(photos)} photos in '{source}' could be restored; the first: {result.skipped[0][1]}"
-        )
+        reason = result.skipped[0][1]
+        raise BadInput(f"none of the {len(photos)} photos in '{source}' could be restored; the first: {reason}")
 
 
 class InTheWay(BadInput):
