@@ -115,7 +115,7 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.check("fully connected over CNN error on teacher (2) at P = 2048", ratio, ">=", 2.0)
     return experiment.evidence(
         budget,
-        notes=f"{len(draws)} draws of points, {FIELDS} fields each, P up to {SIZES[-1]}, {TEST} test points, float64. The "
-        "margin of 0.3 between the fitted exponents comes from a pilot of four draws with P up to 1024; theory gives 1, "
-        "1/2, 1/4 for P to infinity, and the fit over these P is pre-asymptotic.",
+        notes=f"{len(draws)} draws of points, {FIELDS} fields each, P up to {SIZES[-1]}, {TEST} test points, float64. "
+        "The margin of 0.3 between the fitted exponents comes from a pilot of four draws with P up to 1024; theory has "
+        "1, 1/2, 1/4 for P to infinity, and the fit over these P is pre-asymptotic.",
     )
