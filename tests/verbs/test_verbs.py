@@ -19,7 +19,7 @@ VIT = "vit_tiny_patch16_224(image_size=8, patch_size=2, dim=32, depth=2, num_hea
 def trained(tmp_path_factory) -> Path:
     """A small convolutional run on the digits."""
     folder = tmp_path_factory.mktemp("runs") / "net"
-    opsin.fit("resnet20", "digits", epochs=1, out=folder, progress=False, data_options={"limit": 400})
+    opsin.fit("resnet20_cifar", "digits", epochs=1, out=folder, progress=False, data_options={"limit": 400})
     return folder
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from opsin._verbs import make_callable
 from opsin.data import Data
+from opsin.tasks.outputs import TensorOutput
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Compressed:
 
     def save(self, path: str | Path) -> Path:
         """Writes a `.pt2` program that `torch.export.load(path).module()` runs without Opsin's compressors."""
-        program = torch.export.export(self.model.eval(), (self.example,))
+        program = torch.export.export(TensorOutput(self.model).eval(), (self.example,))
         torch.export.save(program, path)
         return Path(path)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from opsin.compress.quantiser import channel_range, fake_quantise
 from opsin.errors import BadInput
-from opsin.tasks.logits import scores
+from opsin.tasks.outputs import scores
 
 
 @torch.no_grad()

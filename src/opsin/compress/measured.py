@@ -8,7 +8,7 @@ from opsin.compress.quantiser import QUANTISABLE, QuantisedLayer
 from opsin.data import Data
 from opsin.measure.cost import count_macs
 from opsin.measure.latency import latency
-from opsin.tasks.logits import scores
+from opsin.tasks.outputs import scores
 
 
 def weight_bits(model: nn.Module) -> float:

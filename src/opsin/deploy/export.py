@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin._verbs import make_callable
-from opsin.deploy.facts import KEY, Facts, TensorOutput, output_name
+from opsin.deploy.facts import KEY, Facts
 from opsin.errors import BadInput, MissingExtra, OpsinError
+from opsin.tasks.outputs import TensorOutput, output_name
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch"}

@@ -7,11 +7,7 @@ Normalisation belongs to the network, so none of it has to be known outside: eve
 import json
 from dataclasses import asdict, dataclass
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
 from opsin.errors import BadInput
-from opsin.tasks import Classes, Images, Masks
 
 KEY = "opsin"
 
@@ -43,28 +39,3 @@ class Facts:
     def label(self, index: int) -> str:
         """The name of a class, or its number where the classes have no names."""
         return self.classes[index] if index < len(self.classes) else str(index)
-
-
-OUTPUTS = {Classes: "logits", Masks: "logits", Images: "images"}
-
-
-class TensorOutput(nn.Module):
-    """A model whose typed prediction is taken apart: image in, one tensor out, as files and explainers need it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Float[Tensor, "n c h w"]) -> Tensor:
-        prediction = self.model(image)
-        return prediction if isinstance(prediction, Tensor) else getattr(prediction, output_name(prediction))
-
-
-def output_name(prediction: object) -> str:
-    """What the one tensor of a prediction is called. Raises BadInput where a prediction is not one tensor."""
-    if isinstance(prediction, Tensor):
-        return "output"
-    for kind, name in OUTPUTS.items():
-        if isinstance(prediction, kind):
-            return name
-    raise BadInput(f"a model that predicts {type(prediction).__name__} has no single tensor to export")

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from opsin.deploy.facts import KEY, Facts, TensorOutput
+from opsin.deploy.facts import KEY, Facts
 from opsin.errors import BadInput, MissingExtra
+from opsin.tasks.outputs import TensorOutput
 
 
 class Runner(Protocol):

@@ -23,9 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.tasks.logits import scores
 from opsin.layers import LayerNorm2d
 from opsin.layers.attention import Attention
+from opsin.tasks.outputs import scores
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVATIONS = (nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.Mish, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus)

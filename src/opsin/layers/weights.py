@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from opsin.errors import BadInput
 
+HEADS = ("head.", "fc.", "classifier.")
+
 
 def load_published(system: nn.Module, weights: str, card: Any, variant: Any) -> nn.Module:
     """Loads `"shipped"` or `"hub"` weights that a card names, or a file, through the `remap` of the system's module.
 
-    Raises BadInput where the card has no such weights, the file cannot be read, or the names do not match.
+    Weights without a classifier (of pre-training) leave the system's own as it is. Raises BadInput where the card has
+    no such weights, the file cannot be read, or the names do not match.
     """
     named = getattr(variant, "weights", None)
     if weights == "shipped":
@@ -29,6 +32,9 @@ def load_published(system: nn.Module, weights: str, card: Any, variant: Any) -> 
     state = read_state_dict(path)
     remap = getattr(import_module(type(system).__module__), "remap", None)
     state = remap(state) if remap else state
+    heads = [name for name in system.state_dict() if name.startswith(HEADS)]
+    if not any(name in state for name in heads):  # a backbone without its classifier: the fresh one stays
+        state |= {name: system.state_dict()[name] for name in heads}
     try:
         system.load_state_dict(state)
     except RuntimeError as error:

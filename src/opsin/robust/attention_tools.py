@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin.errors import BadInput
-from opsin.tasks.logits import scores
 from opsin.layers.attention import Attention
+from opsin.tasks.outputs import scores
 
 
 def attention_layers(model: nn.Module) -> list[Attention]:

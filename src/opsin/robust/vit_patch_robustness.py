@@ -1,7 +1,7 @@
 """Patch robustness: what one bad patch, natural or adversarial, does to a classifier at every place of the image.
 
-Gu, Tresp and Qin 2022, "Are Vision Transformers Robust to Patch Perturbations?", arXiv:2111.10659. With M the mask of one
-patch of the token grid (section 3):
+Gu, Tresp and Qin 2022, "Are Vision Transformers Robust to Patch Perturbations?", arXiv:2111.10659. With M the mask of
+one patch of the token grid (section 3):
 
     natural      x' = x + M (c(x) - x),  c a corruption of the whole image
     adversarial  x' = x (1 - M) + M d,   d <- clip(d + a sign(grad_d CE(f(x'), y))),  y the clean prediction
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.tasks.logits import scores
+from opsin.tasks.outputs import scores
 
 Corruption = Callable[[Tensor], Tensor]
 VARIANTS = {

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from opsin.data import Data
-from opsin.deploy.facts import TensorOutput
 from opsin.errors import BadInput
 from opsin.measure.cost import measure
+from opsin.tasks.outputs import TensorOutput
 from opsin.tasks.registry import task_by_name
 from opsin.train.build import build_recipes, build_task_model
 from opsin.train.table import write_table

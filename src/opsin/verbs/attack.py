@@ -13,7 +13,7 @@ from opsin.deploy.source import open_model
 from opsin.errors import BadInput
 from opsin.robust.attention_tools import AttentionTemperature
 from opsin.robust.vit_patch_robustness import PatchCorruption
-from opsin.tasks.logits import scores
+from opsin.tasks.outputs import scores
 
 
 @dataclass
