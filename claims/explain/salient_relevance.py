@@ -146,7 +146,7 @@ def trained(seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor, list[tuple[int,
     x, y, _ = scenes(3_000, seed, "train")
     test = scenes(300, 100 + seed, "test")
     torch.manual_seed(seed)
-    model = train(network(), x, y, steps=500, seed=seed, batch=64, augment=False)
+    model = train(network(), x, y, steps=1000, seed=seed, batch=64, augment=False)
     with torch.no_grad():
         hits = model(test[0]).argmax(1) == test[1]
     return model, test, hits.nonzero()[:, 0].tolist()

@@ -176,7 +176,7 @@ def denormalise(
 def default_augment(task: str, size: tuple[int, int] | None, classes: Sequence[str] = ()) -> nn.Module:
     """The augmentation of a task for images of `size` (height, width; None where it varies).
 
-    classify, images, pretrain: up to 64 pixels, a crop with an eighth of padding, larger ones a random resized crop; mirrored,
+    classify, images, pretrain: up to 64 pixels, a crop with an eighth of padding, else a random resized crop; mirrored,
     unless the classes' names are single characters (digits and letters change their meaning).
     segment: mirrored, scaled by 0.5 to 2 and moved by up to a tenth, together with the mask.
     detect: mirrored with the boxes. restore: flips and quarter turns.
