@@ -21,7 +21,7 @@ parity: .venv-peers/.ready  ## the same weights in timm and here
 	$(PEERS)/python -m pytest tests/parity -m parity
 
 docs: .venv/.ready-dev
-	$(BIN)/mkdocs build --strict
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
