@@ -61,8 +61,8 @@ def _table(comparison: Any) -> Any:
     from rich.table import Table
 
     from opsin.tasks.registry import task_by_name
-    from opsin.train.plots import show, with_spread
-    from opsin.train.report import mebibytes, milliseconds, si
+    from opsin.train.plots import with_spread
+    from opsin.train.report import mebibytes, milliseconds, points, si
 
     score = task_by_name(comparison.settings.task).score
     table = Table(box=None, pad_edge=False)
@@ -71,7 +71,7 @@ def _table(comparison: Any) -> Any:
         table.add_column(heading, justify="right", no_wrap=True)
 
     for row in comparison.ranking:
-        behind = "" if row.behind is None else show(row.behind.mean, score) + " (tied)" * row.tied
+        behind = "" if row.behind is None else points(row.behind.mean, score) + " (tied)" * row.tied
         table.add_row(
             escape(row.model), "failed" if row.val is None else with_spread(row.val, row.val_sd, score),
             "" if row.test is None else with_spread(row.test, row.test_sd, score), behind,

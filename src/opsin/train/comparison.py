@@ -8,7 +8,7 @@ from typing import Any
 from opsin.errors import BadInput
 from opsin.train import table
 from opsin.train.names import slug
-from opsin.train.progress import duration
+from opsin.train.progress import duration, plural
 
 SETTINGS = "comparison.json"
 
@@ -40,7 +40,7 @@ class Settings:
     @property
     def length(self) -> str:
         """The budget of a trial in words."""
-        return f"{self.epochs} epochs" if self.epochs else duration(self.budget or 0)
+        return plural(self.epochs, "epoch") if self.epochs else duration(self.budget or 0)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
@@ -166,9 +167,9 @@ def place_labels(
     overlap is taken where none is free.
     """
     figure: Any = axes.figure
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    scale = figure.dpi / 72
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # settles the layout
+    renderer, scale = canvas.get_renderer(), figure.dpi / 72
     points = axes.transData.transform(np.column_stack([x, y])) if len(texts) else np.empty((0, 2))
     taken = [(px - 7 * scale, py - 7 * scale, px + 7 * scale, py + 7 * scale) for px, py in points]
     for x0, x1, y0, y1 in bars:

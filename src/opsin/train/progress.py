@@ -24,6 +24,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
+def plural(count: int, word: str) -> str:
+    """1 seed, 3 seeds."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
 class Watcher:
     """A bar over all trials, and a line for each that ends. With a time budget the bar also moves within trials.
 
@@ -58,7 +63,8 @@ class Watcher:
     def _announce(self) -> None:
         models, seeds = len({t.model for t in self.trials}), len({t.seed for t in self.trials})
         left = len(self.trials) - self.done
-        text = f"{len(self.trials)} trials: {models} models × {seeds} seeds, {self.length} each"
+        text = f"{plural(len(self.trials), 'trial')}: {plural(models, 'model')} × {plural(seeds, 'seed')}"
+        text += f", {self.length} each"
         text += f", {self.jobs} at a time" * (self.jobs > 1)
         text += f"; {self.done} are finished already" * bool(self.done)
         if self.budget and left:

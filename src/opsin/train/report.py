@@ -99,9 +99,10 @@ def results(comparison: Comparison) -> dict[str, Any]:
     score, colour = task_by_name(s.task).score, colours(s.models)
     save_pareto(rows, colour, score, comparison.folder)
     return {
-        "s": s, "rows": rows, "best": rows[0], "score": score, "colour": colour,
+        "s": s, "rows": rows, "best": rows[0], "score": score, "colour": colour, "percent": as_percent(score),
         "short": dict(zip(s.models, short_names(s.models), strict=True)),
-        "show": lambda value: show(value, score), "pm": lambda value, spread: with_spread(value, spread, score),
+        "show": lambda value: show(value, score), "gap": lambda value: gap(value, score),
+        "pm": lambda value, spread: with_spread(value, spread, score),
         "verdict": verdict(rows, score, s.samples.get("val")), "strips": strips(comparison, colour),
         "pareto": Markup(pareto_svg(rows, colour, score)), "frontier": [row.model for row in frontier(rows)],
         "curves": curves(comparison, score, colour),
@@ -173,12 +174,17 @@ def verdict(rows: Sequence[Row], score: str, val_images: int | None) -> list[str
 
 
 def _gap(row: Row, score: str) -> str:
-    return points(row.behind.mean, score) if row.behind else "nothing"
+    return points(row.behind.mean, score) if row.behind else "no seed in common"
 
 
 def points(value: float, score: str) -> str:
-    """A difference of scores: points of a percentage, or the score's own unit."""
-    return f"{100 * value:.1f} points" if as_percent(score) else f"{value:.2f} {score.upper()}"
+    """A difference of scores with its unit: points of a percentage, or the score's own."""
+    return f"{gap(value, score)} {'points' if as_percent(score) else score.upper()}"
+
+
+def gap(value: float, score: str) -> str:
+    """A difference of scores as a number, in points where the score is shown as percent."""
+    return (f"{100 * value:.1f}" if as_percent(score) else f"{value:.2f}").replace("-", "−")
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -17,7 +17,9 @@ from opsin.data import Split
 from opsin.errors import OpsinError, UnknownName
 from opsin.explain import Explanation
 
-EXPLAINER = "salient_relevance"
+SMALLEST_AREA = 32  # pixels; below, Salient Relevance's patches of 7x7 would cover the image
+AREAS = "the areas that mattered for the predicted class (red), by Salient Relevance"
+SIGNED = "what spoke for the predicted class (red) and against it (blue), by {}"
 SIDE = 160  # pixels that a sample's picture has at least
 FOR, AGAINST = np.array([208.0, 62.0, 62.0]), np.array([59.0, 111.0, 212.0])  # colours of relevance
 
@@ -39,10 +41,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """method: how the explanations were made, in words; reason: why not as first intended, if so."""
+    """caption: what the explanations show, and by which method; reason: why not by another, if so."""
 
-    items: list[Sample]
-    method: str
+    shown: list[Sample]
+    caption: str
     reason: str = ""
 
 
@@ -89,10 +91,16 @@ def choose(found: Answers, wrong: int = 6, right: int = 6) -> list[int]:
 def explained_samples(
     model: nn.Module, split: Split, found: Answers, indices: Sequence[int], classes: Sequence[str]
 ) -> Samples:
-    """Samples with an explanation of the predicted class each: by Salient Relevance, or else by gradient x input."""
+    """Samples with an explanation of the predicted class each.
+
+    By Salient Relevance; by its first step, layer-wise relevance propagation, where images are too small for areas; by
+    gradient x input where neither works for the network.
+    """
     images = [split[i][0] for i in indices]
     labels = [int(found.labels[i]) for i in indices]
-    maps, method, reason = _explain(model.eval(), images, labels)
+    if not images:
+        return Samples([], "")
+    maps, caption, reason = _explain(model.eval(), images, labels)
     items = [
         Sample(
             _address(_pixels(image)), _address(_overlay(image, relevance)), classes[int(found.targets[i])],
@@ -100,19 +108,23 @@ def explained_samples(
         )
         for i, image, label, relevance in zip(indices, images, labels, maps, strict=True)
     ]  # fmt: skip
-    return Samples(items, method, reason)
+    return Samples(items, caption, reason)
 
 
 def _explain(model: nn.Module, images: list[Tensor], labels: list[int]) -> tuple[list[Tensor], str, str]:
-    """Maps, the method's name, and why another was not used."""
+    """Maps, the caption, and why another method was not used."""
+    large = min(images[0].shape[-2:]) >= SMALLEST_AREA
+    name = "salient_relevance" if large else "lrp"
+    caption = AREAS if large else SIGNED.format("layer-wise relevance propagation")
     try:
-        explain = create(EXPLAINER)
-        return [explain(model, x, y).map for x, y in zip(images, labels)], "Salient Relevance", ""
+        explain = create(name)
+        return [explain(model, x, y).map for x, y in zip(images, labels, strict=True)], caption, ""
     except UnknownName:
-        reason = f"the explainer {EXPLAINER} is not installed"
+        reason = f"the explainer {name} is not installed"
     except (OpsinError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = f"{EXPLAINER} does not work for this network: {str(error).splitlines()[0]}"
-    return [gradient_times_input(model, x, y).map for x, y in zip(images, labels)], "gradient × input", reason
+        reason = f"{name} does not work for this network: {str(error).splitlines()[0]}"
+    maps = [gradient_times_input(model, x, y).map for x, y in zip(images, labels, strict=True)]
+    return maps, SIGNED.format("gradient × input"), reason
 
 
 def gradient_times_input(model: nn.Module, image: Float[Tensor, "c h w"], target: int) -> Explanation:
