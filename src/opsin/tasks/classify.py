@@ -58,7 +58,10 @@ class Classify:
         self.label_smoothing = label_smoothing
 
     def wrap(self, model: nn.Module, data: Data) -> Classifier:
-        """A classifier for the data. Raises BadInput: one class, wrong channels or classes, images too small."""
+        """A classifier for the data; a classifier stays as it is.
+
+        Raises BadInput: one class, wrong channels or classes, images too small, a model of another task.
+        """
         if len(data.classes) < 2:
             raise BadInput(f"'{data.name}' has {len(data.classes)} class; classification needs at least two")
         check_channels(model, data)
@@ -69,7 +72,10 @@ class Classify:
                 f"create it with num_classes={len(data.classes)}"
             )
         check_size(model, data)
-        classifier = Classifier(model, data.mean, data.std, self.label_smoothing)
+        if isinstance(model, TaskModel) and not isinstance(model, Classifier):
+            raise BadInput(f"{type(model).__name__} is not a classifier")
+        given = isinstance(model, Classifier)
+        classifier = model if given else Classifier(model, data.mean, data.std, self.label_smoothing)
         check_output(classifier, data)
         return classifier
 
@@ -103,7 +109,7 @@ def check_size(model: nn.Module, data: Data) -> None:
 
 
 def check_output(classifier: Classifier, data: Data) -> None:
-    """Runs one blank image through the classifier. Raises BadInput where that fails or the logits have another shape."""
+    """Runs one blank image through the classifier. Raises BadInput where it fails or the logits have a wrong shape."""
     if data.size is None:
         return
     height, width = data.size

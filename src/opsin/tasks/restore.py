@@ -1,7 +1,7 @@
 """Restoration as a task: a degraded image to the clean one.
 
-A restorer's loss is the mean absolute error in [0, 1]; a restorer that repairs another space than RGB (one that
-super-resolves luma only, say) declares `space(images)`, the map from images into it, and the loss is taken there.
+A restorer that knows its own loss (`loss(image, clean)`: on luminance, at low resolution, ...) is trained with that;
+others with the distance of their output from the clean image.
 """
 
 from typing import Literal
@@ -17,49 +17,55 @@ from opsin.errors import BadInput
 from opsin.restore import Restorer
 from opsin.tasks import Images, Losses, TaskModel
 
-LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
+DISTANCES = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
 class RestorerModel(TaskModel):
-    """A restorer that knows its loss: "l1" or "mse"."""
+    """A restorer that knows its loss: its own, or else "l1" or "mse"."""
 
-    def __init__(self, restorer: nn.Module, loss: Literal["l1", "mse"] = "l1"):
+    def __init__(self, restorer: Restorer, distance: Literal["l1", "mse"] = "l1"):
         super().__init__()
         self.restorer = restorer
-        self.loss = loss
-
-    def losses(self, predictions: Images, targets: Float[Tensor, "n c h w"]) -> Losses:
-        """The distance in the restorer's own space."""
-        space = getattr(self.restorer, "space", lambda images: images)
-        return {"loss": LOSSES[self.loss](space(predictions.images), space(targets))}
+        self.distance = DISTANCES[distance]
 
     def forward(
         self, images: Float[Tensor, "n c h w"], targets: Float[Tensor, "n c h2 w2"] | None = None
     ) -> Images | Losses:
-        predictions = Images(self.restorer(images))
-        return predictions if targets is None else self.losses(predictions, targets)
+        if targets is None:
+            return Images(self.restorer(images))
+        own = getattr(self.restorer, "loss", None)
+        return {"loss": own(images, targets) if own else self.distance(self.restorer(images), targets)}
 
 
 class Restore:
-    """The task. Ranks models by PSNR in decibels, averaged over images, in RGB."""
+    """The task. Ranks models by PSNR in decibels, over RGB, averaged over images."""
 
     name = "restore"
     score = "psnr"
 
+    def __init__(self, distance: Literal["l1", "mse"] = "l1"):
+        self.distance = distance
+
     def wrap(self, model: nn.Module, data: Data) -> RestorerModel:
-        """A restorer with its loss (`training_loss` of the restorer, else L1). Raises BadInput where scales differ."""
-        scale = getattr(model, "scale", data.scale)
-        if scale != data.scale:
+        """A restorer with its loss. Raises BadInput: no pairs of images, no restorer, another scale."""
+        if isinstance(model, RestorerModel):
+            return model
+        if data.task != "restore":
             raise BadInput(
-                f"the restorer enlarges by {scale} but the pairs of '{data.name}' differ by {data.scale}; "
-                f"create it with scale={data.scale}, or open the data at scale {scale}"
+                f"'{data.name}' has no pairs of degraded and clean images (its task is '{data.task}'); open a folder "
+                "of pairs, or clean images with degrade="
             )
-        if not isinstance(model, Restorer) and not hasattr(model, "forward"):
-            raise BadInput("restoration needs a restorer: a module from images to images")
-        return RestorerModel(model, getattr(model, "training_loss", "l1"))
+        if not isinstance(model, Restorer):
+            raise BadInput(f"restoration needs a restorer, which {type(model).__name__} is not")
+        if model.scale != data.scale:
+            raise BadInput(
+                f"the restorer enlarges {model.scale} times but the clean images of '{data.name}' are {data.scale} "
+                f"times as large as the degraded ones; create it with scale={data.scale}"
+            )
+        return RestorerModel(model, self.distance)
 
     def metric(self, data: Data) -> Metric:
         return PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3))
 
-    def update_metric(self, metric: Metric, predictions: Images, targets: Tensor) -> None:
+    def update_metric(self, metric: Metric, predictions: Images, targets: Float[Tensor, "n c h w"]) -> None:
         metric.update(predictions.images.clamp(0, 1), targets)

@@ -47,9 +47,8 @@ def _asked(data: Data) -> dict[str, Any]:
 
 
 def build_task_model(network: nn.Module | str, task: Task, data: Data) -> TaskModel:
-    """The network with the task's head and loss; a task model stays as it is."""
-    module = build_network(network, data) if isinstance(network, str) else network
-    return module if isinstance(module, TaskModel) else task.wrap(module, data)
+    """The network with the task's head and loss; a model of the task stays as it is."""
+    return task.wrap(build_network(network, data) if isinstance(network, str) else network, data)
 
 
 def build_recipes(recipes: Sequence[Callback | str]) -> list[Callback]:

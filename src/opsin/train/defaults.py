@@ -73,7 +73,7 @@ def choose_batch_size(task: str, samples: int, devices: int = 1) -> int:
 
 
 def choose_lr(task: str, parameters: int, batch_size: int) -> float:
-    """Falls with the cube root of the parameters beyond a million and the square root of the batch below the default."""
+    """Falls with the cube root of the parameters beyond a million, and the square root of the batch."""
     size = min(1.0, (1e6 / max(parameters, 1)) ** (1 / 3))
     batch = min(1.0, batch_size / DEFAULTS[task].batch_size) ** 0.5
     return float(f"{DEFAULTS[task].lr * size * batch:.2g}")

@@ -18,6 +18,7 @@ from torch.multiprocessing import ProcessRaisedException
 from opsin.errors import BadInput, TrainingFailed
 from opsin.train.checkpoint import RunCheckpoints
 from opsin.train.defaults import Plan
+from opsin.train.module import Diverged
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,7 +55,7 @@ def tensorboard(folder: Path, step: int) -> TensorBoardLogger:
 
 
 @contextmanager
-def user_errors(folder: Path, batch_size: int) -> Iterator[None]:
+def user_errors(folder: Path) -> Iterator[None]:
     """Turns what stops a training into one sentence, also where it happened in another process.
 
     Raises TrainingFailed, KeyboardInterrupt (Lightning would leave the program), or the error itself.
@@ -69,7 +70,7 @@ def user_errors(folder: Path, batch_size: int) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise TrainingFailed(
-            f"a batch of {batch_size} does not fit into the memory of the device; use a smaller batch size"
+            "the training does not fit into the memory of the device; use a smaller batch size"
         ) from error
     except OSError as error:
         if error.errno not in FULL:
@@ -82,7 +83,7 @@ def user_errors(folder: Path, batch_size: int) -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-class DiskFull(TrainingFailed):
+class DiskFull(TrainingFailed, OSError):
     """A file of the run could not be written."""
 
     def __init__(self, folder: Path):
@@ -93,9 +94,9 @@ class DiskFull(TrainingFailed):
 
 
 def _from_process(text: str, folder: Path) -> Exception | None:
-    marker = "opsin.errors.TrainingFailed: "
+    marker = f"{Diverged.__module__}.{Diverged.__qualname__}: "
     if marker in text:
-        return TrainingFailed(text.rpartition(marker)[2].strip())
+        return Diverged(text.rpartition(marker)[2].strip())
     return DiskFull(folder) if "[Errno 28]" in text else None
 
 

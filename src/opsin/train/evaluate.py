@@ -37,7 +37,7 @@ def evaluate(model: TaskModel, task: Task, data: Data, split: str, batch_size: i
     samples, device = split_of(data, split), device_of(model)
     metric = task.metric(data).to(device)
     model.eval()
-    for images, targets in loader(samples, EvalBatches(len(samples), batch_size)):
+    for images, targets in loader(samples, data.task, EvalBatches(len(samples), batch_size)):
         targets = targets.to(device) if isinstance(targets, Tensor) else targets
         task.update_metric(metric, model(images.to(device)), targets)
     return numbers(metric.compute(), task.score)
@@ -49,7 +49,7 @@ def predict(model: TaskModel, data: Data, split: str, batch_size: int) -> Predic
     samples, device = split_of(data, split), device_of(model)
     model.eval()
     logits, targets = [], []
-    for images, truth in loader(samples, EvalBatches(len(samples), batch_size)):
+    for images, truth in loader(samples, data.task, EvalBatches(len(samples), batch_size)):
         predictions = model(images.to(device))
         if not hasattr(predictions, "logits"):
             raise BadInput(f"{type(model).__name__} does not give logits")

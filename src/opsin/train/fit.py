@@ -1,11 +1,8 @@
 """`fit`: trains one model on one data set, into a folder that says everything about it."""
 
-import math
 import re
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-import opsin
 from opsin.data import Data
-from opsin.data.splits import Crops
 from opsin.errors import BadInput, TrainingFailed
 from opsin.measure import parse_duration
-from opsin.measure.evidence import machine
-from opsin.tasks import Task
-from opsin.tasks.registry import task_by_name
-from opsin.train import defaults
-from opsin.train.augment import default_augment
-from opsin.train.budget import fill, measure_timing
-from opsin.train.build import build_recipes, build_task_model, describe, facts_of
-from opsin.train.checkpoint import LAST, Keeper, read_checkpoint
-from opsin.train.defaults import DEFAULTS, Plan, draft
-from opsin.train.engine import PRECISIONS, DiskFull, make_trainer, peek, tensorboard, user_errors
-from opsin.train.evaluate import evaluate
-from opsin.train.loop import Bar, Clock, Recorder, Streams
-from opsin.train.module import Training
+from opsin.train.build import describe
+from opsin.train.job import Execution, Job, Request
 from opsin.train.quiet import quiet
-from opsin.train.records import CHECKPOINTS, CONFIG, RESULT, TENSORBOARD, save_curves, save_json
-from opsin.train.run import (
-    DISK_FULL, DIVERGED, DONE, FINISHED, OUT_OF_TIME, Run, clear, load_best, only_one, open_data, read_json,
-)  # fmt: skip
-from opsin.train.sampler import EvalBatches, TrainBatches, loader, mix
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, as written to config.json. Two calls with equal requests are the same run."""
-
-    model: str
-    data: str
-    data_options: dict[str, Any]
-    task: str | None
-    recipe: list[str]
-    epochs: int | None
-    budget: float | None
-    seed: int
-    batch_size: int | None
-    lr: float | None
-    weight_decay: float | None
-    warmup: float | None
-    label_smoothing: float | None
-    ema: bool
-    augment: bool
-    precision: str
-
-    def check(self) -> None:
-        """Raises BadInput for options that cannot be."""
-        if self.epochs is not None and self.budget is not None:
-            raise BadInput("give epochs or a budget, not both")
-        if self.epochs is not None and self.epochs < 1:
-            raise BadInput(f"epochs={self.epochs}: a training needs at least one")
-        if self.lr is not None and self.lr <= 0:
-            raise BadInput(f"lr={self.lr}: the learning rate must be above zero")
-        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
-            raise BadInput(f"label_smoothing={self.label_smoothing}: it must be at least 0 and below 1")
-        if self.precision not in PRECISIONS:
-            raise BadInput(f"precision='{self.precision}': choose one of {', '.join(PRECISIONS)}")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a run is carried out; none of it changes the result."""
-
-    devices: int
-    logger: bool
-    progress: bool
+from opsin.train.records import CHECKPOINTS, CONFIG, RESULT
+from opsin.train.run import DISK_FULL, DONE, Run, clear, only_one, open_data, read_json
 
 
 def fit(
@@ -154,6 +91,9 @@ def earlier(folder: Path, request: Request, force: bool) -> dict[str, Any] | Non
         return None
     asked = asdict(request) | {"task": request.task or config["request"]["task"]}
     changed = [name for name, value in asked.items() if config["request"].get(name) != value]
+    if changed and not (folder / RESULT).exists() and not any((folder / CHECKPOINTS).glob("*.ckpt")):
+        clear(folder)  # it had not got as far as to save anything
+        return None
     if changed:
         name = changed[0]
         raise BadInput(
@@ -169,143 +109,3 @@ def _finished(run: Run, model: nn.Module | str) -> Run:
     if isinstance(model, nn.Module):
         run.model(model)
     return run
-
-
-class Job:
-    """One call of `fit` that has work to do."""
-
-    def __init__(self, folder: Path, request: Request, data: Data, source: str | None, execution: Execution):
-        self.folder, self.request, self.data, self.execution = folder, request, data, execution
-        name = request.task or data.task
-        self.facts = facts_of(data, source, request.data_options)
-        usual = DEFAULTS.get(name)
-        smoothing = request.label_smoothing
-        self.smoothing = smoothing if smoothing is not None else usual.label_smoothing if usual else 0.0
-        self.task: Task = task_by_name(name, self.smoothing)
-        if self.data.train is None or len(self.data.train) == 0:
-            raise BadInput(f"'{data.name}' has no training images")
-
-    def run(self, model: nn.Module | str, recipe: Sequence[Callback | str], config: dict[str, Any] | None) -> Run:
-        """Plans (or takes the plan of the run's first call), trains, and writes the result."""
-        started = time.monotonic()
-        torch.manual_seed(mix(self.request.seed, "build"))
-        recipes = build_recipes(recipe)
-        task_model = build_task_model(model, self.task, self.data)
-        parameters = sum(p.numel() for p in task_model.parameters())
-        if config is None:
-            plan = self.plan(task_model, recipes, parameters, started)
-            config = self.write_config(plan, isinstance(model, str), parameters)
-        elif config["data"]["counts"] != self.facts["counts"]:
-            raise BadInput(
-                f"'{self.data.name}' has changed since the run '{self.folder}' began: {config['data']['counts']} images "
-                f"then, {self.facts['counts']} now; choose another --out, or use --force to start anew"
-            )
-        plan = Plan(**config["plan"])
-        module = self.module(task_model, plan, recipes)
-        try:
-            with user_errors(self.folder, plan.batch_size):
-                self.train(module, plan, recipes)
-                return self.finish(module, config)
-        except TrainingFailed as error:
-            self.write_failure(error, parameters)
-            raise
-
-    def module(self, task_model: Any, plan: Plan, recipes: Sequence[Callback]) -> Training:
-        """The Lightning module of a plan."""
-        return Training(
-            task_model, self.task, self.task.metric(self.data), plan, num_classes=len(self.data.classes),
-            seed=self.request.seed, recipes=recipes, augment=default_augment(self.data) if self.request.augment else None,
-        )  # fmt: skip
-
-    def plan(self, task_model: Any, recipes: Sequence[Callback], parameters: int, started: float) -> Plan:
-        """Everything in numbers; with a budget, after measuring copies."""
-        r = self.request
-        warmup = DEFAULTS[self.task.name].warmup if r.warmup is None else r.warmup
-        plan = draft(
-            self.task.name, samples=len(self.data.train), parameters=parameters, devices=self.execution.devices,
-            epochs=r.epochs, batch_size=r.batch_size, lr=r.lr, weight_decay=r.weight_decay, warmup=warmup, ema=r.ema,
-            uneven=isinstance(self.data.train, Crops) or self.data.size is None,
-        )  # fmt: skip
-        if r.budget is None:
-            return plan
-        timing = measure_timing(
-            self.module(task_model, plan, recipes), recipes, *self.loaders(plan, self.execution.devices),
-            seconds=min(max(0.04 * r.budget, 0.5), 10), precision=r.precision,
-        )  # fmt: skip
-        return fill(plan, r.budget, time.monotonic() - started, timing, warmup)
-
-    def loaders(self, plan: Plan, share: int = 1, step: int = 0) -> tuple[Any, Any]:
-        """Training data from a step on, and validation data."""
-        batches = TrainBatches(len(self.data.train), plan.batch_size // share, self.request.seed)
-        batches.resume(step)
-        evaluation = EvalBatches(len(self.data.val), plan.eval_batch_size)
-        return loader(self.data.train, batches), loader(self.data.val, evaluation)
-
-    def write_config(self, plan: Plan, named: bool, parameters: int) -> dict[str, Any]:
-        request = asdict(self.request) | {"task": self.task.name}
-        config = {
-            "opsin": opsin.__version__, "request": request, "named": named, "label_smoothing": self.smoothing,
-            "data": self.facts, "plan": plan.as_dict(), "params": parameters, "machine": machine(),
-        }  # fmt: skip
-        save_json(self.folder / CONFIG, config)
-        return config
-
-    def train(self, module: Training, plan: Plan, recipes: Sequence[Callback]) -> None:
-        """Takes the steps that are still to be taken."""
-        checkpoints = self.folder / CHECKPOINTS
-        checkpoint = read_checkpoint(checkpoints)
-        step = 0
-        if checkpoint is not None:
-            step, clock_state, _ = peek(checkpoint)
-            if step >= plan.steps or clock_state["struck"]:
-                return
-        clock = Clock(plan)
-        keeper = Keeper(checkpoints, plan, defaults.CHECKPOINT_SECONDS)
-        callbacks = [Streams(), clock, Recorder(self.folder, plan, clock), *recipes, keeper]
-        if self.execution.progress:
-            callbacks.append(Bar(plan, f"{self.request.model[:40]} on {self.data.name}"))
-        logger = tensorboard(self.folder / TENSORBOARD, step) if self.execution.logger else False
-        trainer = make_trainer(
-            plan, callbacks, precision=self.request.precision, devices=self.execution.devices, logger=logger,
-            root=self.folder,
-        )  # fmt: skip
-        torch.manual_seed(mix(self.request.seed, "start"))
-        trainer.fit(
-            module, *self.loaders(plan, step=step), ckpt_path=None if checkpoint is None else checkpoints / LAST
-        )
-
-    def finish(self, module: Training, config: dict[str, Any]) -> Run:
-        """Scores the best weights on the test split and closes the folder."""
-        checkpoint = read_checkpoint(self.folder / CHECKPOINTS)
-        assert checkpoint is not None
-        step, clock, record = peek(checkpoint)
-        model = load_best(self.folder, module.model)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        batch_size = config["plan"]["eval_batch_size"]
-        tested = "test" in self.data.splits and "val" in self.data.splits
-        test = evaluate(model.to(device), self.task, self.data, "test", batch_size) if tested else {}
-        model.cpu()
-        guard = f"the run stopped at {config['plan']['limit_seconds']} s, before its {config['plan']['steps']} steps"
-        result = {
-            "status": OUT_OF_TIME if clock["struck"] else FINISHED, "score_name": self.task.score,
-            "val_score": record["best"], "test_score": test.get(self.task.score), "test": test,
-            "best_step": record["best_step"], "steps": step, "seconds": round(clock["seconds"], 2),
-            "params": config["params"], "message": guard if clock["struck"] else "",
-        }  # fmt: skip
-        run = Run(self.folder, config, result)
-        save_curves(self.folder, run.metrics(), self.task.score)
-        save_json(self.folder / RESULT, result)
-        return run
-
-    def write_failure(self, error: TrainingFailed, parameters: int) -> None:
-        """result.json of a run that stopped. Where even that does not fit on the disk, the error alone must do."""
-        checkpoint = read_checkpoint(self.folder / CHECKPOINTS)
-        step, clock, record = peek(checkpoint) if checkpoint else (0, {"seconds": 0.0}, {"best": -math.inf})
-        best = record["best"] if math.isfinite(record["best"]) else None
-        result = {
-            "status": DISK_FULL if isinstance(error, DiskFull) else DIVERGED, "score_name": self.task.score,
-            "val_score": best, "test_score": None, "test": {}, "best_step": record.get("best_step", 0), "steps": step,
-            "seconds": round(clock["seconds"], 2), "params": parameters, "message": str(error),
-        }  # fmt: skip
-        with suppress(OSError):
-            save_json(self.folder / RESULT, result)

@@ -1,5 +1,6 @@
 """What happens around the steps: random streams, the clock, the records, the bar."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ class Streams(Callback):
     """Gives the hooks of callbacks, recipes for one, random numbers that are a function of seed and step."""
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Training)
         pl_module.draw_from("epoch")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Training)
         pl_module.draw_from("hooks")
 
 
 class Clock(Callback):
-    """Counts the seconds of a run over all its interruptions; ends it at its last step, or at the guard of its budget."""
+    """Counts the seconds of a run over all interruptions; ends it at its last step, or at its budget's guard."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -87,7 +90,7 @@ class Recorder(Callback):
 
     def _add(self, trainer: Trainer, split: str, values: dict[str, float]) -> None:
         step, seconds = trainer.global_step, round(self.clock.seconds, 3)
-        epoch = step / self.plan.steps_per_epoch
+        epoch = (step - 1) // self.plan.steps_per_epoch
         self.rows += [Row(step, epoch, split, name, value, seconds) for name, value in values.items()]
         for logger in trainer.loggers:
             logger.log_metrics({f"{split}/{name}": value for name, value in values.items()}, step)
@@ -97,6 +100,7 @@ class Recorder(Callback):
         pl_module.check_finite()
         self._add(trainer, "val", pl_module.scores)
         score = pl_module.scores[pl_module.task.score]
+        score = score if math.isfinite(score) else float("-inf")
         if not trainer.is_global_zero:
             return
         if score >= self.best or self.best_step == 0:

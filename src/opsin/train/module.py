@@ -14,7 +14,7 @@ from opsin.errors import TrainingFailed
 from opsin.tasks import Losses, Task, TaskModel
 from opsin.train.defaults import Plan
 from opsin.train.optimizer import WarmupCosine, adamw, averaged
-from opsin.train.sampler import mix
+from opsin.train.sampler import mix, seed_generators
 
 Transform = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
@@ -28,6 +28,10 @@ def numbers(values: Any, score: str) -> dict[str, float]:
     """What a metric computed, by name; a metric that gives one number gives the task's score."""
     named = values if isinstance(values, dict) else {score: values}
     return {name: float(value) for name, value in named.items() if torch.as_tensor(value).numel() == 1}
+
+
+class Diverged(TrainingFailed):
+    """The loss, or its gradient, is not a number."""
 
 
 class Training(LightningModule):
@@ -52,7 +56,7 @@ class Training(LightningModule):
         self.average: AveragedModel | None = None if plan.ema_decay is None else averaged(model, plan.ema_decay)
         self.validation_loss = MeanMetric()
         self.scores: dict[str, float] = {}  # of the last validation
-        self.register_buffer("finite", torch.tensor(True), persistent=False)
+        self.finite = torch.tensor(True)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -61,7 +65,7 @@ class Training(LightningModule):
 
     def draw_from(self, stream: str) -> None:
         """Starts the random numbers of one consumer at this step."""
-        torch.manual_seed(mix(self.seed, stream, self.trainer.global_step, self.trainer.global_rank))
+        seed_generators(mix(self.seed, stream, self.trainer.global_step, self.trainer.global_rank), self.device)
 
     def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> dict[str, Tensor]:
         images, targets = batch
@@ -81,15 +85,15 @@ class Training(LightningModule):
         """Clips the norm, and sees to it that no step is taken on a gradient that is not a number."""
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, self.plan.clip)
-        self.finite = self.finite & torch.isfinite(norm)
+        self.finite = self.finite.to(norm.device) & torch.isfinite(norm)
         if self.device.type == "cpu" or self.trainer.global_step % self.plan.log_every == 0:
             self.check_finite()
 
     def check_finite(self) -> None:
-        """Raises TrainingFailed where a gradient, and so the loss, was not a number since the last look."""
+        """Raises Diverged where a gradient, and so the loss, was not a number since the last look."""
         if not self.finite:
             step = self.trainer.global_step + 1
-            raise TrainingFailed(
+            raise Diverged(
                 f"the loss is not a number at step {step} (or its gradient is not); the last good checkpoint is kept; "
                 f"try a smaller lr than {self.plan.lr:g}, or a longer warm-up"
             )

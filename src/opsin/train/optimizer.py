@@ -1,7 +1,7 @@
 """AdamW with decay where it belongs, the cosine schedule, and the moving average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +60,11 @@ class MovingAverage:
         self.decay = decay
 
     @torch.no_grad()
-    def __call__(self, average: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+    def __call__(self, average: Sequence[Tensor], weights: Sequence[Tensor], count: Tensor | int) -> None:
         if average[0].is_floating_point() or average[0].is_complex():
-            torch._foreach_lerp_(average, weights, 1 - self.decay)
+            torch._foreach_lerp_(list(average), list(weights), 1 - self.decay)
         else:
-            torch._foreach_copy_(average, weights)
+            torch._foreach_copy_(list(average), list(weights))
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:

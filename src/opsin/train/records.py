@@ -15,10 +15,10 @@ WEIGHTS, CURVES, CHECKPOINTS, TENSORBOARD = "weights.safetensors", "curves.png",
 
 
 class Row(NamedTuple):
-    """One number of a run. seconds: of training so far, over all interruptions."""
+    """One number of a run. epoch: from 0; seconds: of training so far, over all interruptions."""
 
     step: int
-    epoch: float
+    epoch: int
     split: str
     name: str
     value: float
@@ -29,7 +29,7 @@ def table(rows: Sequence[Row]) -> Any:
     """The rows as a pyarrow table in long form."""
     import pyarrow as pa
 
-    types = (pa.int64(), pa.float64(), pa.string(), pa.string(), pa.float64(), pa.float64())
+    types = (pa.int64(), pa.int64(), pa.string(), pa.string(), pa.float64(), pa.float64())
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(types)
     return pa.table(
         {name: pa.array(column, type=kind) for name, column, kind in zip(Row._fields, columns, types, strict=True)}

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from opsin.data import Split
+from opsin.data.batches import collate
 
 
 def mix(seed: int, *parts: int | str) -> int:
@@ -27,6 +28,19 @@ class Batch(NamedTuple):
     indices: list[int]
     epoch: int
     seed: int
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds the processor's random numbers and those of the device in use.
+
+    `torch.manual_seed` would seed every kind of device there is; without them it takes half a millisecond to note down
+    that it would.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
 
 
 def world() -> tuple[int, int]:
@@ -89,8 +103,8 @@ class Reader(Dataset[tuple[Tensor, Any]]):
     crops) has `set_epoch`.
     """
 
-    def __init__(self, split: Split):
-        self.split = split
+    def __init__(self, split: Split, task: str):
+        self.split, self.collate = split, collate(task)
         self.gather = getattr(split, "batch", None)
         self.set_epoch = getattr(split, "set_epoch", lambda epoch: None)
 
@@ -100,21 +114,12 @@ class Reader(Dataset[tuple[Tensor, Any]]):
             return self.gather(torch.tensor(batch.indices))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(batch.seed)
-            return collate([self.split[i] for i in batch.indices])
+            return self.collate([self.split[i] for i in batch.indices])
 
 
-def collate(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """Stacks images, and targets where they are numbers or tensors; other targets stay a list."""
-    images, targets = zip(*samples, strict=True)
-    first = targets[0]
-    if isinstance(first, Tensor):
-        return torch.stack(images), torch.stack(targets)
-    return torch.stack(images), torch.tensor(targets) if isinstance(first, int) else list(targets)
-
-
-def loader(split: Split, batches: Sampler[Batch], workers: int = 0) -> DataLoader[tuple[Tensor, Any]]:
+def loader(split: Split, task: str, batches: Sampler[Batch], workers: int = 0) -> DataLoader[tuple[Tensor, Any]]:
     """A loader that draws nothing from the global random numbers."""
     return DataLoader(
-        Reader(split), sampler=batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0,
+        Reader(split, task), sampler=batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0,
         generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
