@@ -27,9 +27,9 @@ def command(
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, caption=f"{len(cards)} systems", caption_justify="left")
-    for heading in ("name", "kind", "year", "variants", "claim", "what it is"):
-        table.add_column(heading, no_wrap=heading != "what it is")
+    for heading in ("name", "kind", "claim", "what it is"):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis")
     for c in cards:
         verdict = (verdict_of(c) or {}).get("verdict", "")
-        table.add_row(c.key, c.kind, str(c.year or ""), str(len(c.variants) or ""), verdict, c.summary)
+        table.add_row(c.key, c.kind, verdict, c.summary)
     Console().print(table)
