@@ -26,9 +26,10 @@ def command(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, caption=f"{len(cards)} systems", caption_justify="left")
-    for heading in ("name", "kind", "claim", "what it is"):
-        table.add_column(heading, no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, pad_edge=False, expand=True, caption=f"{len(cards)} systems", caption_justify="left")
+    for heading in ("name", "kind", "claim"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
     for c in cards:
         verdict = (verdict_of(c) or {}).get("verdict", "")
         table.add_row(c.key, c.kind, verdict, c.summary)
