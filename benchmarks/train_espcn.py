@@ -6,7 +6,8 @@
 As in the paper: luminance, patches of 17r x 17r, mean squared error at low resolution, a learning rate that falls over
 training. Not as in the paper: 200 photos of BSDS500 instead of 50,000 of ImageNet; low resolution by antialiased
 bicubic (what photos and the benchmarks have) instead of Gaussian blur and decimation; patches at random places,
-mirrored and turned, instead of a grid; Adam with one cosine over 20,000 steps instead of SGD with a threshold.
+mirrored and turned, instead of a grid; Adam with one cosine over 20,000 steps and the same rate for all layers,
+instead of SGD with a threshold and a tenth of the rate in the last layer.
 Published PSNR values are the paper's, for ImageNet training.
 """
 

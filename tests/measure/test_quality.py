@@ -220,34 +220,42 @@ def test_no_detections_and_no_objects():
     assert empty.compute()["map"] == -1
 
 
-def _rank(rank, path, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def halves():
+    """Seven images of which the fifth, the other process's first, has false alarms just where the first has objects."""
     predictions, targets = scene(7)
+    place = targets[0]
+    assert len(place["labels"])
+    alarm = {"boxes": place["boxes"], "labels": place["labels"], "scores": torch.full((len(place["labels"]),), 0.99)}
+    predictions[4] = {name: torch.cat((alarm[name], predictions[4][name])) for name in alarm}
+    return predictions, targets
+
+
+def _measure_part(rank, folder):
+    """One of two processes: the metrics over its half of the images, synchronised by `compute`."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    predictions, targets = halves()
     part = slice(0, 4) if rank == 0 else slice(4, 7)
-    metrics = [VocAP(3), CocoMAP(3), MeanIoU(2), PsnrY()]
-    for metric in metrics[:2]:
+    voc, coco, iou, psnr = VocAP(3), CocoMAP(3), MeanIoU(2), PsnrY()
+    for metric in (voc, coco):
         metric.update(predictions[part], targets[part])
-    metrics[2].update(torch.tensor([[[0, 1]]]), torch.tensor([[[rank, 1]]]))
-    metrics[3].update(torch.full((1, 1, 4, 4), 0.5 + 0.1 * rank), torch.zeros(1, 1, 4, 4))
-    queue.put((rank, metrics[0].compute().item(), metrics[1].compute()["map"].item(), metrics[2].compute().item(),
-               metrics[3].compute().item()))  # fmt: skip
+    iou.update(torch.tensor([[[0, 1]]]), torch.tensor([[[rank, 1]]]))
+    psnr.update(torch.full((1, 1, 4, 4), 0.5 + 0.1 * rank), torch.zeros(1, 1, 4, 4))
+    values = [voc.compute(), coco.compute()["map"], iou.compute(), psnr.compute()]
+    torch.save(torch.stack([value.double() for value in values]), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_measure_as_one(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    workers = [context.Process(target=_rank, args=(r, tmp_path / "store", queue)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    results = [queue.get(timeout=120)[1:] for _ in workers]
-    for worker in workers:
-        worker.join()
-    predictions, targets = scene(7)
+    torch.multiprocessing.spawn(_measure_part, (tmp_path,), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    predictions, targets = halves()
     voc, coco, iou, psnr = VocAP(3), CocoMAP(3), MeanIoU(2), PsnrY()
     for metric in (voc, coco):
         metric.update(predictions, targets)
     iou.update(torch.tensor([[[0, 1]], [[0, 1]]]), torch.tensor([[[0, 1]], [[1, 1]]]))
     psnr.update(torch.tensor([0.5, 0.6]).reshape(2, 1, 1, 1).expand(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
-    expected = (voc.compute().item(), coco.compute()["map"].item(), iou.compute().item(), psnr.compute().item())
-    assert results[0] == results[1] == pytest.approx(expected, abs=1e-6)
+    values = [voc.compute(), coco.compute()["map"], iou.compute(), psnr.compute()]
+    expected = torch.stack([value.double() for value in values])
+    assert torch.equal(results[0], results[1])
+    assert torch.allclose(results[0], expected, atol=1e-6)
