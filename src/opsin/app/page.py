@@ -60,7 +60,10 @@ def _catalogue(gr: Any) -> None:
     with gr.Row():
         kind = gr.Dropdown(actions.kinds(), value="all", label="kind")
         search = gr.Textbox(label="search", placeholder="words that the card holds")
-    table = gr.Dataframe(actions.catalogue(), headers=list(actions.HEADINGS), interactive=False, wrap=True)
+    table = gr.Dataframe(
+        actions.catalogue(), headers=list(actions.HEADINGS), interactive=False, wrap=True,
+        column_widths=["18%", "12%", "8%", "12%", "50%"],
+    )  # fmt: skip
     about = gr.Markdown()
     for field in (kind, search):
         field.change(actions.catalogue, [kind, search], table)

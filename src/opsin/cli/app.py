@@ -16,6 +16,6 @@ def command(
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Serve a small web page: the catalogue, labels for an image, a larger photo."""
-    from opsin.app.page import launch
+    import opsin
 
-    launch(model or (), host=host, port=port, browser=browser)
+    opsin.app(model or (), host=host, port=port, browser=browser)
