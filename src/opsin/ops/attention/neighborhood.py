@@ -62,7 +62,7 @@ class Axis(NamedTuple):
         return start, start + self.kernel
 
 
-class Tiles(NamedTuple):
+class Cut(NamedTuple):
     """One axis cut into t tiles of q queries, each with the c consecutive group members that cover their windows.
 
     A tile that sticks out of its group repeats the group's last member.
@@ -76,8 +76,17 @@ class Tiles(NamedTuple):
     slot: Int[np.ndarray, " x"]
 
 
+class Tiles(NamedTuple):
+    """Some tiles over all axes; tokens are those of the flattened space."""
+
+    query: Int[np.ndarray, "t q"]
+    key: Int[np.ndarray, "t c"]
+    inside: Bool[np.ndarray, "t q c"]
+    offset: list[Int[np.ndarray, "t _q _c"]]  # per axis
+
+
 @lru_cache(maxsize=256)
-def cut(axis: Axis, side: int) -> Tiles:
+def cut(axis: Axis, side: int) -> Cut:
     """Tiles of nearly equal sides, about `side` long, group by group."""
     longest = -(-axis.length // axis.dilation)
     width = -(-longest // max(1, round(longest / side)))
@@ -90,13 +99,28 @@ def cut(axis: Axis, side: int) -> Tiles:
     start, stop = (bound[query] for bound in axis.windows())
     candidate = np.clip(start[:, :1], 0, np.maximum(members - reach, 0)) + np.arange(reach)
     token = np.arange(axis.length)
-    return Tiles(
+    return Cut(
         query=query,
         key=np.minimum(candidate, members - 1) * axis.dilation + group,
         inside=(candidate[:, None] >= start[..., None]) & (candidate[:, None] < stop[..., None]),
         offset=candidate[:, None] - place[..., None],
         tile=token % axis.dilation * count + token // axis.dilation // width,
         slot=token // axis.dilation % width,
+    )
+
+
+@lru_cache(maxsize=32)
+def tiles_of(axes: tuple[Axis, ...], first: int, last: int) -> Tiles:
+    """The tiles from number `first` up to `last`, counted with the last axis fastest."""
+    cuts = [cut(axis, TILE_SIDE[len(axes)]) for axis in axes]
+    chosen = np.unravel_index(np.arange(first, last), [len(table.query) for table in cuts])
+    query, key, inside, offset = zip(*([table[part][i] for part in range(4)] for table, i in zip(cuts, chosen)))
+    sizes = [axis.length for axis in axes]
+    return Tiles(
+        query=_flat([array[:, :, None] for array in query], sizes)[..., 0],
+        key=_flat([array[:, None] for array in key], sizes)[:, 0],
+        inside=_outer(inside, np.logical_and),
+        offset=list(offset),
     )
 
 
@@ -162,7 +186,7 @@ def dense(
         place, same = token // axis.dilation, token[:, None] % axis.dilation == token % axis.dilation
         inside.append(same & (place >= start) & (place < stop))
         offset.append(place - place[:, None])
-    mask = _outer(_tensors(inside, q.device), torch.logical_and)
+    mask = torch.as_tensor(_outer(inside, np.logical_and), device=q.device)
     if bias is not None:
         mask = _looked_up(bias, offset).masked_fill(~mask, -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -183,13 +207,13 @@ def gather(
         place = np.minimum(place, stop - 1)
         index.append(place * axis.dilation + token % axis.dilation)
         offset.append(place - token // axis.dilation)
-    keys = _flat(index, [axis.length for axis in axes], q.device)
+    keys = torch.as_tensor(_flat(index, [axis.length for axis in axes]), device=q.device)
     q, k, v = (rearrange(t, "n x h d -> n h x d") for t in (q, k, v))
     near_k, near_v = (t.index_select(2, keys.flatten()).unflatten(2, keys.shape) for t in (k, v))
     logits = (q.unsqueeze(-2) * scale) @ near_k.transpose(-1, -2)
     if bias is not None:
         logits = logits + _looked_up(bias, offset).unsqueeze(-2)
-    outside = ~_outer(_tensors(inside, q.device), torch.logical_and)
+    outside = torch.as_tensor(~_outer(inside, np.logical_and), device=q.device)
     weights = logits.masked_fill(outside.unsqueeze(-2), -torch.inf).softmax(-1)
     return rearrange(weights @ near_v, "n h x 1 d -> n x h d")
 
@@ -202,37 +226,35 @@ def block(
 
     A token's row holds all samples and heads that share a mask: everything, or with a bias the samples of one head.
     """
-    tables = [cut(axis, TILE_SIDE[len(axes)]) for axis in axes]
+    cuts = [cut(axis, TILE_SIDE[len(axes)]) for axis in axes]
     heads = q.shape[2] if bias is not None else 1
     rows = [rearrange(t, "n x (g h) d -> g x (n h) d", g=heads) for t in (q, k, v)]
-    queries, keys = (prod(table[i].shape[1] for table in tables) for i in (0, 1))
-    cost = heads * keys * (sum(t.shape[2:].numel() for t in rows[1:]) + queries) * q.element_size()
-    counts = [len(table.query) for table in tables]
-    total, portion = prod(counts), max(1, SCRATCH_BYTES // cost)
-    again = total > portion and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    queries, keys = (prod(table[i].shape[1] for table in cuts) for i in (0, 1))
+    counts = [len(table.query) for table in cuts]
+    portion = total = prod(counts)
+    if not torch.compiler.is_compiling():
+        cost = heads * keys * (sum(t.shape[2:].numel() for t in rows[1:]) + queries) * q.element_size()
+        portion = min(total, max(1, SCRATCH_BYTES // cost))
+    again = total > portion and torch.is_grad_enabled()
     parts = []
     for first in range(0, total, portion):
-        chosen = np.unravel_index(np.arange(first, min(first + portion, total)), counts)
-        tiles = [Tiles(*(t[i] for t in table[:4]), table.tile, table.slot) for table, i in zip(tables, chosen)]
-        arguments = (*rows, bias, tiles, axes, scale)
+        arguments = (*rows, bias, tiles_of(axes, first, min(first + portion, total)), scale)
         parts.append(checkpoint(_attend, *arguments, use_reentrant=False) if again else _attend(*arguments))
-    tile = _flat([table.tile[:, None] for table in tables], counts, q.device)
-    slot = _flat([table.slot[:, None] for table in tables], [table.query.shape[1] for table in tables], q.device)
-    out = torch.cat(parts, 1).index_select(1, (tile * queries + slot).flatten())
+    tile = _flat([table.tile[:, None] for table in cuts], counts)
+    slot = _flat([table.slot[:, None] for table in cuts], [table.query.shape[1] for table in cuts])
+    place = torch.as_tensor((tile * queries + slot)[:, 0], device=q.device)
+    out = torch.cat(parts, 1).index_select(1, place)
     return rearrange(out, "g x (n h) d -> n x (g h) d", n=q.shape[0])
 
 
 def _attend(
     q: Float[Tensor, "g x m d"], k: Float[Tensor, "g x m d"], v: Float[Tensor, "g x m e"],
-    bias: Float[Tensor, "g *offsets"] | None, tiles: list[Tiles], axes: tuple[Axis, ...], scale: float,
+    bias: Float[Tensor, "g *offsets"] | None, tiles: Tiles, scale: float,
 ) -> Float[Tensor, "g tq m e"]:  # fmt: skip
     """Attention of some tiles' queries, tile after tile."""
-    sizes = [axis.length for axis in axes]
-    queries = _flat([t.query[:, :, None] for t in tiles], sizes, q.device)[..., 0]
-    keys = _flat([t.key[:, None] for t in tiles], sizes, q.device)[:, 0]
-    mask = _outer(_tensors([t.inside for t in tiles], q.device), torch.logical_and)
+    queries, keys, mask = (torch.as_tensor(array, device=q.device) for array in tiles[:3])
     if bias is not None:
-        mask = _spread(bias, [t.offset for t in tiles]).masked_fill(~mask, -torch.inf).flatten(0, 1)
+        mask = _spread(bias, tiles.offset).masked_fill(~mask, -torch.inf).flatten(0, 1)
     picked = (
         rearrange(rows.index_select(1, index.flatten()), "g (t l) m d -> (g t) m l d", t=len(index))
         for rows, index in ((q, queries), (k, keys), (v, keys))
@@ -241,38 +263,35 @@ def _attend(
     return rearrange(out, "(g t) m q d -> g (t q) m d", g=len(q))
 
 
-def _tensors(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    return [torch.as_tensor(array).to(device) for array in arrays]
-
-
-def _outer(parts: Sequence[Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _outer(parts: Sequence[np.ndarray], join: Callable[..., np.ndarray]) -> np.ndarray:
     """Joins per-axis arrays (..., q_a, k_a) into one over all axes (..., prod q_a, prod k_a), the last axis fastest."""
 
-    def pair(a: Tensor, b: Tensor) -> Tensor:
+    def pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         joined = join(a[..., :, None, :, None], b[..., None, :, None, :])
-        return joined.flatten(-2).flatten(-3, -2)
+        return joined.reshape(*joined.shape[:-4], a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1])
 
     return reduce(pair, parts)
 
 
-def _flat(parts: list[np.ndarray], sizes: Sequence[int], device: torch.device) -> Int[Tensor, "... q k"]:
+def _flat(parts: Sequence[np.ndarray], sizes: Sequence[int]) -> Int[np.ndarray, "... q k"]:
     """Indices per axis (..., q_a, k_a) to indices into the flattened space of these sizes."""
     strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    return _outer(_tensors([part * stride for part, stride in zip(parts, strides)], device), torch.add)
+    return _outer([part * stride for part, stride in zip(parts, strides)], np.add)
 
 
 def _looked_up(bias: Float[Tensor, "h *offsets"], offsets: list[np.ndarray]) -> Float[Tensor, "h q k"]:
     """The bias of every pair, read from the table; pairs outside the windows get any entry."""
     places = [np.clip(o + size // 2, 0, size - 1) for o, size in zip(offsets, bias.shape[1:])]
-    return bias.flatten(1)[:, _flat(places, bias.shape[1:], bias.device)]
+    return bias.flatten(1)[:, torch.as_tensor(_flat(places, bias.shape[1:]), device=bias.device)]
 
 
 def _spread(bias: Float[Tensor, "h *offsets"], offsets: list[np.ndarray]) -> Float[Tensor, "h t q k"]:
     """The same for tiles, as one product with a one-hot matrix per axis: both directions are matrix products."""
     heads, *sizes = bias.shape
     out = bias.reshape(1, heads, 1, 1, -1)
-    for offset, size in zip(_tensors(offsets, bias.device), sizes):
-        choice = F.one_hot((offset + size // 2).clamp(0, size - 1), size).to(bias.dtype)
+    for offset, size in zip(offsets, sizes):
+        choice = np.clip(offset + size // 2, 0, size - 1)[..., None] == np.arange(size)
+        choice = torch.as_tensor(choice, device=bias.device).to(bias.dtype)
         out = torch.einsum("thQKro,tqkr->thQqKko", out.unflatten(-1, (size, -1)).expand(len(offset), *[-1] * 5), choice)
         out = out.flatten(4, 5).flatten(2, 3)
     return out.squeeze(-1).transpose(0, 1)
@@ -280,7 +299,7 @@ def _spread(bias: Float[Tensor, "h *offsets"], offsets: list[np.ndarray]) -> Flo
 
 def flex_mask(axes: tuple[Axis, ...], device: torch.device | str = "cpu") -> Callable[..., Tensor]:
     """The rule as a `mask_mod` for `torch.nn.attention.flex_attention.create_block_mask` over flattened tokens."""
-    bounds = [_tensors(list(axis.windows()), torch.device(device)) for axis in axes]
+    bounds = [[torch.as_tensor(bound, device=device) for bound in axis.windows()] for axis in axes]
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         inside = torch.ones_like(q, dtype=torch.bool)

@@ -12,6 +12,7 @@ Names of parameters follow the official repository, JierunChen/TVConv.
 """
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -31,12 +32,20 @@ def unfolded_sum(
     """The definition: k x k patches of the zero-padded input, each multiplied by the filter of its place."""
     channels, taps, *size = weight.shape
     side = round(taps**0.5)
-    patches = F.unfold(x, side, padding=side // 2, stride=stride).view(len(x), channels, taps, -1)
+    patches = F.unfold(x, side, padding=side // 2, stride=stride).unflatten(1, (channels, taps))
     return torch.einsum("nctp,ctp->ncp", patches, weight.flatten(2)).unflatten(2, size)
 
 
+def shifted_sum(
+    x: Float[Tensor, "n c h w"], weight: Float[Tensor, "c t h2 w2"], stride: int
+) -> Float[Tensor, "n c h2 w2"]:
+    """The same as k^2 shifted products, for compilers, which fuse them."""
+    phases = _phases(x, weight, stride)
+    return reduce(torch.add, (weight[:, tap] * phases[place] for tap, place in _taps(weight, stride)))
+
+
 class ShiftedSum(torch.autograd.Function):
-    """The same as k^2 shifted products that add up in place: no patches in memory, only x and W saved for backward."""
+    """The same with products that add up in place: no patches in memory, and only x and W saved for backward."""
 
     @staticmethod
     def forward(
@@ -108,8 +117,8 @@ def translation_variant_conv(
             f"these position-bound filters are for an output map of {h}x{w}, but an input of {x.shape[2]}x{x.shape[3]} "
             f"at stride {stride} gives {size[0]}x{size[1]}; build the operator with input_size={size}"
         )
-    apply = unfolded_sum if x.is_meta else ShiftedSum.apply
-    y = apply(x, weight, stride)
+    compute = unfolded_sum if x.is_meta else shifted_sum if torch.compiler.is_compiling() else ShiftedSum.apply
+    y = compute(x, weight, stride)
     return y if bias is None else y + bias
 
 
