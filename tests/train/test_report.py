@@ -75,6 +75,15 @@ def test_the_page_needs_nothing_else(page):
     assert len(page) < 600_000
 
 
+def test_drawings_follow_the_page(page):
+    """Colours and fonts of drawings are the page's variables, so that they turn dark with it."""
+    drawings = re.findall(r'<svg[^>]*viewBox="0 0 [5-7]\d\d\.?\d* [23]\d\d\.?\d*".*?</svg>', page, re.DOTALL)
+    assert len(drawings) == 2
+    for drawing in drawings:
+        assert "var(--ink)" in drawing or "var(--muted)" in drawing
+        assert "DejaVu" not in drawing and "#0102" not in drawing and "#000" not in drawing
+
+
 def test_the_page_says_what_was_measured(comparison, page):
     text = html.unescape(re.sub(r"<[^>]+>", " ", page))
     best = comparison.winner

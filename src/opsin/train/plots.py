@@ -93,7 +93,7 @@ def _inline(figure: Figure, salt: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     head, _, body = svg.partition(">")
     svg = re.sub(r'\s(width|height)="[^"]*"', "", head) + ">" + body
-    svg = re.sub(r"(font: [^;\"']*?)'[^;\"]*", r"\1var(--font)", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return svg.strip()
