@@ -30,8 +30,8 @@ VARIANTS = {
         image_size=32, channels=64, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16, 8), head_dim=32
     ),
     "edm_digits": dict(
-        image_size=8, in_chans=1, num_classes=10, channels=32, channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,),
-        head_dim=32, dropout=0.0, label_dropout=0.1,
+        image_size=8, in_chans=1, num_classes=10, channels=24, channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,),
+        head_dim=24, dropout=0.0, label_dropout=0.1, sigma_data=0.75,
     ),
 }  # fmt: skip
 

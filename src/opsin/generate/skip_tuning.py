@@ -177,7 +177,7 @@ def learn(
             with trick.apply(model):
                 value = loss(model)
             if not bool(value.isfinite()):
-                raise TrainingFailed(f"the loss of the skip factors is {float(value)} at step {step}; lower lr")
+                raise TrainingFailed(f"the loss of the skip factors is {value.item()} at step {step}; lower lr")
             value.backward()
             optimiser.step()
     finally:

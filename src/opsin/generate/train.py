@@ -43,14 +43,14 @@ def fit_denoiser(
             optimiser.zero_grad(set_to_none=True)
             loss = model(images[rows], targets[rows])["loss"]
             if not bool(loss.isfinite()):
-                raise TrainingFailed(f"the loss is {float(loss)} at step {step}; lower lr (now {lr:g})")
+                raise TrainingFailed(f"the loss is {loss.item()} at step {step}; lower lr (now {lr:g})")
             loss.backward()
             optimiser.step()
             schedule.step()
             decay = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 1 - decay)
-            on_step(step, float(loss.detach()))
-    return average
+            on_step(step, loss.item())
+    return average.requires_grad_(True)
 
 
 def save_denoiser(denoiser: nn.Module, path: Path, spec: str, *, half: bool = False, force: bool = False) -> Path:

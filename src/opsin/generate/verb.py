@@ -38,6 +38,8 @@ def generate(
     zoom: how many pixels wide a pixel of the PNG is; as many as make an image 64 wide by default.
     Raises UnknownName, BadInput (no weights, a label that the model does not have, output exists without force).
     """
+    if seed < 0:
+        raise BadInput(f"seed={seed} must not be negative")
     if n < 1 or batch < 1 or (zoom is not None and zoom < 1):
         raise BadInput(f"n={n}, batch={batch} and zoom={zoom} must be at least 1")
     target = _writable(output, force)
@@ -75,7 +77,7 @@ def grid(images: Float[Tensor, "n c h w"], zoom: int = 1) -> UInt8[np.ndarray, "
 
 
 def _noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed((seed << 32) + index))
+    return torch.from_numpy(np.random.default_rng((seed, index)).standard_normal(shape, np.float32))
 
 
 def _writable(output: str | Path | None, force: bool) -> Path | None:
