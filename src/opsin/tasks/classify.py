@@ -115,7 +115,7 @@ def check_output(classifier: Classifier, data: Data) -> None:
     height, width = data.size
     parameter = next(classifier.parameters(), torch.empty(0))
     blank = torch.zeros(1, data.channels, height, width, device=parameter.device, dtype=parameter.dtype)
-    training = classifier.training
+    training = [module for module in classifier.modules() if module.training]
     try:
         with torch.no_grad():
             shape = tuple(classifier.eval().logits(blank).shape)
@@ -125,7 +125,8 @@ def check_output(classifier: Classifier, data: Data) -> None:
             f"the network cannot take the images of '{data.name}' ({data.channels}x{height}x{width}): {reason}"
         ) from error
     finally:
-        classifier.train(training)
+        for module in training:
+            module.training = True
     if shape != (1, len(data.classes)):
         raise BadInput(
             f"the network turns one image of '{data.name}' into an output of shape {shape}, not (1, "

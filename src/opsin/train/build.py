@@ -6,6 +6,7 @@ from hashlib import blake2b
 from importlib import import_module
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -67,15 +68,19 @@ def build_recipes(recipes: Sequence[Callback | str]) -> list[Callback]:
 def describe(thing: Any) -> str:
     """One line that is the same for two objects exactly if training treats them alike, as far as one can tell.
 
-    A name stays a name; a network is told by its class and the names and shapes of its tensors; a recipe by its class
-    and its settings.
+    A name stays a name; a network is told by its class, the names and shapes of its tensors, and what its frozen ones
+    hold; a recipe by its class and its settings.
     """
     if isinstance(thing, str):
         return thing.strip()
     kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
     if isinstance(thing, nn.Module):
         shapes = [(name, tuple(tensor.shape)) for name, tensor in thing.state_dict().items()]
-        return f"{kind}#{blake2b(repr(shapes).encode(), digest_size=6).hexdigest()}"
+        digest = blake2b(repr(shapes).encode(), digest_size=6)
+        for parameter in thing.parameters():
+            if not parameter.requires_grad:
+                digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return f"{kind}#{digest.hexdigest()}"
     plain = {k: v for k, v in sorted(vars(thing).items()) if isinstance(v, int | float | str | bool | tuple | None)}
     return f"{kind}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
 

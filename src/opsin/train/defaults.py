@@ -83,17 +83,13 @@ def draft(
     task: str, *, samples: int, parameters: int, devices: int, epochs: int | None, batch_size: int | None,
     lr: float | None, weight_decay: float | None, warmup: float, ema: bool, uneven: bool,
 ) -> Plan:  # fmt: skip
-    """The plan for a number of epochs, or the task's usual number of steps. Raises BadInput: batch size, warm-up.
+    """The plan for a number of epochs, or the task's usual number of steps. Raises BadInput: the batch size.
 
     uneven: validation images may differ in size, so that they are read one by one.
     """
     defaults = DEFAULTS[task]
     batch = batch_size or choose_batch_size(task, samples, devices)
     check_batch(batch, samples, devices)
-    if not 0 <= warmup < 1:
-        raise BadInput(
-            f"the warm-up of {warmup} is not a share of the training between 0 and 1; write for example 0.05"
-        )
     per_epoch = samples // batch
     epochs = epochs or min(max(math.ceil(defaults.steps / per_epoch), 5), 200)
     plan = Plan(

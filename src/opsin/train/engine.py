@@ -13,15 +13,26 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import multiprocessing
 from torch.multiprocessing import ProcessRaisedException
 
 from opsin.errors import BadInput, TrainingFailed
 from opsin.train.checkpoint import RunCheckpoints
 from opsin.train.defaults import Plan
 from opsin.train.module import Diverged
+from opsin.train.quiet import silence
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class SpawnedProcesses(DDPStrategy):
+    """DDP in processes that hold their tongues as the first one does."""
+
+    def setup_environment(self) -> None:
+        silence()
+        super().setup_environment()
 
 
 def make_trainer(
@@ -29,9 +40,8 @@ def make_trainer(
     logger: TensorBoardLogger | bool = False, root: Path | None = None,
 ) -> Trainer:  # fmt: skip
     """A trainer without ornaments. Several devices are processes of their own, joined by DDP."""
-    check_devices(devices)
     return Trainer(
-        accelerator="auto", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto",
+        accelerator="auto", devices=devices, strategy=SpawnedProcesses(start_method="spawn") if devices > 1 else "auto",
         precision=PRECISIONS[precision], max_epochs=math.ceil(plan.steps / plan.steps_per_epoch),  # type: ignore[arg-type]
         val_check_interval=plan.validate_every if validate else None, check_val_every_n_epoch=None,
         limit_val_batches=None if validate else 0, num_sanity_val_steps=0, log_every_n_steps=plan.log_every,
@@ -52,6 +62,17 @@ def check_devices(devices: int) -> None:
 def tensorboard(folder: Path, step: int) -> TensorBoardLogger:
     """The event file of a run; what an earlier process wrote beyond `step` is hidden."""
     return TensorBoardLogger(folder.parent, name=folder.name, version="", purge_step=step or None)
+
+
+@contextmanager
+def shared_by_name() -> Iterator[None]:
+    """Lends tensors to other processes as files, not as descriptors: two tensors may then lie in one storage."""
+    before = multiprocessing.get_sharing_strategy()
+    multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        multiprocessing.set_sharing_strategy(before)
 
 
 @contextmanager

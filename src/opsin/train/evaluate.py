@@ -9,7 +9,7 @@ from opsin.data import Data
 from opsin.errors import BadInput
 from opsin.tasks import Task, TaskModel
 from opsin.train.module import numbers
-from opsin.train.sampler import EvalBatches, loader
+from opsin.train.sampler import EvalBatches, loader, mix, seed_generators
 
 
 class Predictions(NamedTuple):
@@ -33,10 +33,11 @@ def split_of(data: Data, split: str) -> Any:
 
 @torch.inference_mode()
 def evaluate(model: TaskModel, task: Task, data: Data, split: str, batch_size: int) -> dict[str, float]:
-    """The task's numbers on a split."""
+    """The task's numbers on a split. A model that draws (masks, noise) draws the same each time."""
     samples, device = split_of(data, split), device_of(model)
     metric = task.metric(data).to(device)
     model.eval()
+    seed_generators(mix(0, "evaluate"), device)
     for images, targets in loader(samples, data.task, EvalBatches(len(samples), batch_size)):
         targets = targets.to(device) if isinstance(targets, Tensor) else targets
         task.update_metric(metric, model(images.to(device)), targets)

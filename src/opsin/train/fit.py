@@ -21,7 +21,7 @@ from opsin.train.run import DISK_FULL, DONE, Run, clear, only_one, open_data, re
 
 
 def fit(
-    model: nn.Module | str, data: Data | str, task: str | None = None, *, recipe: Sequence[Callback | str] = (),
+    model: nn.Module | str, data: Data | str | Path, task: str | None = None, *, recipe: Sequence[Callback | str] = (),
     epochs: int | None = None, budget: str | float | None = None, seed: int = 0, out: Path | str | None = None,
     batch_size: int | None = None, lr: float | None = None, weight_decay: float | None = None,
     warmup: float | None = None, label_smoothing: float | None = None, ema: bool = False, augment: bool = True,
@@ -48,22 +48,22 @@ def fit(
         force: starts anew in a folder that holds another run.
     Raises BadInput, UnknownName, MissingData; TrainingFailed where the loss is not a number or the disk is full.
     """
-    source = data if isinstance(data, str) else None
+    source = None if isinstance(data, Data) else str(data)
     options = dict(data_options or {})
     request = Request(
-        model=describe(model), data=source or data.name, data_options=options, task=task,  # type: ignore[union-attr]
+        model=describe(model), data=data.name if isinstance(data, Data) else str(data), data_options=options, task=task,
         recipe=[describe(r) for r in recipe], epochs=epochs, budget=None if budget is None else parse_duration(budget),
         seed=seed, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
         label_smoothing=label_smoothing, ema=ema, augment=augment, precision=precision,
     )  # fmt: skip
     request.check()
     folder = Path(out) if out is not None else default_folder(model, request.data, seed)
-    with only_one(folder), torch.random.fork_rng(enabled=not torch.cuda.is_available(), devices=[]), quiet():
+    with only_one(folder), torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet():
         config = earlier(folder, request, force)
         result = read_json(folder / RESULT)
         if config is not None and result is not None and result["status"] != DISK_FULL:
             return _finished(Run(folder, config, result), model)
-        opened = data if isinstance(data, Data) else open_data(data, options)
+        opened = data if isinstance(data, Data) else open_data(str(data), options)
         job = Job(folder, request, opened, source, Execution(devices, logger, progress))
         return job.run(model, recipe, config)
 

@@ -25,7 +25,16 @@ from opsin.train.budget import fill, measure_timing
 from opsin.train.build import build_recipes, build_task_model, facts_of
 from opsin.train.checkpoint import LAST, Keeper, read_checkpoint
 from opsin.train.defaults import DEFAULTS, GUARD, Plan, draft
-from opsin.train.engine import PRECISIONS, DiskFull, make_trainer, peek, tensorboard, user_errors
+from opsin.train.engine import (
+    PRECISIONS,
+    DiskFull,
+    check_devices,
+    make_trainer,
+    peek,
+    shared_by_name,
+    tensorboard,
+    user_errors,
+)
 from opsin.train.evaluate import evaluate
 from opsin.train.loop import Bar, Clock, Recorder, Streams
 from opsin.train.module import Diverged, Training
@@ -65,6 +74,8 @@ class Request:
             raise BadInput(f"lr={self.lr}: the learning rate must be above zero")
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise BadInput(f"label_smoothing={self.label_smoothing}: it must be at least 0 and below 1")
+        if self.warmup is not None and not 0 <= self.warmup < 1:
+            raise BadInput(f"warmup={self.warmup}: it is a share of the training, at least 0 and below 1")
         if self.precision not in PRECISIONS:
             raise BadInput(f"precision='{self.precision}': choose one of {', '.join(PRECISIONS)}")
 
@@ -83,6 +94,7 @@ class Job:
 
     def __init__(self, folder: Path, request: Request, data: Data, source: str | None, execution: Execution):
         self.folder, self.request, self.data, self.execution = folder, request, data, execution
+        check_devices(execution.devices)
         name = request.task or data.task
         self.facts = facts_of(data, source, request.data_options)
         usual = DEFAULTS.get(name)
@@ -96,7 +108,7 @@ class Job:
         started = time.monotonic()
         seed_generators(mix(self.request.seed, "build"), torch.device("cpu"))
         recipes = build_recipes(recipe)
-        task_model = build_task_model(model, self.task, self.data)
+        task_model = build_task_model(model, self.task, self.data).train()
         parameters = sum(p.numel() for p in task_model.parameters())
         if config is not None and config["data"]["counts"] != self.facts["counts"]:
             raise BadInput(
@@ -119,7 +131,8 @@ class Job:
     def module(self, task_model: TaskModel, plan: Plan, recipes: Sequence[Callback]) -> Training:
         """The Lightning module of a plan."""
         data = self.data
-        augment = default_augment(self.task.name, data.size, data.classes) if self.request.augment else None
+        kind = "images" if self.task.name == "pretrain" else self.task.name
+        augment = default_augment(kind, data.size, data.classes) if self.request.augment else None
         return Training(
             task_model, self.task, self.task.metric(data), plan, num_classes=len(data.classes), recipes=recipes,
             seed=self.request.seed, augment=augment,
@@ -179,9 +192,10 @@ class Job:
             root=self.folder,
         )  # fmt: skip
         seed_generators(mix(self.request.seed, "start"), trainer.strategy.root_device)
-        trainer.fit(
-            module, *self.loaders(plan, step=step), ckpt_path=None if checkpoint is None else checkpoints / LAST
-        )
+        with shared_by_name():
+            trainer.fit(
+                module, *self.loaders(plan, step=step), ckpt_path=None if checkpoint is None else checkpoints / LAST
+            )
 
     def finish(self, module: Training, config: dict[str, Any]) -> Run:
         """Scores the best weights on the test split and closes the folder."""
@@ -202,9 +216,7 @@ class Job:
         checkpoint = read_checkpoint(self.folder / CHECKPOINTS)
         step, clock, record = peek(checkpoint) if checkpoint else (0, {"seconds": 0.0, "struck": False}, {})
         struck = clock["struck"]
-        message = (
-            f"stopped after {clock['seconds']:.0f} s, {GUARD:g} times the budget, at step {step}" if struck else ""
-        )
+        message = f"stopped at step {step}, after {GUARD:g} times the budget" if struck else ""
         return {
             "status": OUT_OF_TIME if struck else FINISHED, "score_name": self.task.score,
             "val_score": finite(record.get("best", -math.inf)), "test_score": None, "test": {},

@@ -108,6 +108,10 @@ class Training(LightningModule):
         schedule = LambdaLR(optimizer, WarmupCosine(self.plan))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_validation_epoch_start(self) -> None:
+        """Whatever a model draws in validation (masks, noise) is the same each time."""
+        seed_generators(mix(self.seed, "validation", self.trainer.global_rank), self.device)
+
     def validation_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> None:
         images, targets = batch
         predictions = self.evaluated(images)

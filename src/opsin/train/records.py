@@ -60,8 +60,9 @@ def save_curves(folder: Path, metrics: Any, score: str) -> None:
     """Draws curves.png from the table of metrics: the losses, and the validation score."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5))
     losses, scores = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.16, top=0.96, wspace=0.22)
     for split in ("train", "val"):
         _curve(losses, metrics, split, "loss")
     _curve(scores, metrics, "val", score)

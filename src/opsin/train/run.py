@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
@@ -151,13 +151,23 @@ def clear(path: Path) -> None:
 def only_one(path: Path) -> Iterator[None]:
     """Holds the folder for this process. Raises BadInput where another one trains in it."""
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
+    lock = path / ".lock"
+    with lock.open("w") as file:
+        _hold(file, path)
         try:
-            import fcntl
+            yield
+        finally:
+            if list(path.iterdir()) == [lock]:  # nothing came of it
+                lock.unlink()
+                path.rmdir()
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # a system without locks
-            pass
-        except OSError as error:
-            raise BadInput(f"another process is training in '{path}'; wait for it, or choose another --out") from error
-        yield
+
+def _hold(file: IO[str], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BadInput(f"another process is training in '{path}'; wait for it, or choose another --out") from error

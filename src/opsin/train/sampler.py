@@ -106,10 +106,11 @@ class Reader(Dataset[tuple[Tensor, Any]]):
     def __init__(self, split: Split, task: str):
         self.split, self.collate = split, collate(task)
         self.gather = getattr(split, "batch", None)
-        self.set_epoch = getattr(split, "set_epoch", lambda epoch: None)
+        self.set_epoch = getattr(split, "set_epoch", None)
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Any]:
-        self.set_epoch(batch.epoch)
+        if self.set_epoch is not None:
+            self.set_epoch(batch.epoch)
         if self.gather is not None:
             return self.gather(torch.tensor(batch.indices))
         with torch.random.fork_rng(devices=[]):
