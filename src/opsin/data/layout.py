@@ -43,6 +43,8 @@ def find(source: str | Path, options: Options) -> Listing | Path:
     if path.is_file() and kind not in ("video", "parquet", "coco"):
         raise BadInput(f"the file {path} cannot be opened as kind='{kind}', which is a folder")
     if kind == "video":
+        if path.is_dir():
+            raise BadInput(f"the folder {path} is no video file; give the file itself")
         return path
     if kind == "coco":
         return coco(path, Path(options.images) if options.images else None)

@@ -135,8 +135,9 @@ class Samples:
             try:
                 return self.read(self.items[place])
             except BadInput as error:
-                self.broken.add(place)
-                self.skipped.append((describe(self.items[place].image), str(error)))
+                if place not in self.broken:
+                    self.broken.add(place)
+                    self.skipped.append((describe(self.items[place].image), str(error)))
         raise BadInput(f"none of the {len(self)} images can be read; the first: {self.skipped[-1][1]}")
 
 

@@ -1,12 +1,14 @@
 """A video file as frames, through PyAV.
 
-Opening reads the packets' time stamps only. A frame is decoded when asked for: the next one goes on from where the
-decoder stands, any other seeks to the key frame before it.
+Opening reads the packets' time stamps only. A frame is decoded when asked for: one soon after the last goes on from
+where the decoder stands, any other starts at the key frame before it.
 """
 
 import os
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import av
 import torch
@@ -17,6 +19,17 @@ from opsin.data.images import luma
 from opsin.errors import BadInput
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
+NEAR = 16  # frames: decoding so many is cheaper than seeking
+
+opened: "WeakSet[Frames]" = WeakSet()
+
+
+def _close_all() -> None:
+    for frames in list(opened):
+        frames.close()
+
+
+os.register_at_fork(before=_close_all)  # processes must not share a file's position
 
 
 class Frames:
@@ -27,9 +40,9 @@ class Frames:
     """
 
     in_order = True
-    process: int
-    current: Any
-    following: Any
+    decoder: Any
+    current: Any  # the frame that the decoder stands on
+    following: Any  # the one after it, if that has been decoded
 
     def __init__(self, path: Path, channels: int = 3, stride: int = 1):
         self.path, self.channels, self.stride = path, channels, stride
@@ -39,12 +52,20 @@ class Frames:
                 if not container.streams.video:
                     raise BadInput(f"the file {path} holds no video stream")
                 self.rate = float(container.streams.video[0].average_rate or 0)
-                stamps = sorted(p.pts for p in container.demux(video=0) if p.pts is not None and not p.is_discard)
+                packets = [
+                    (p.pts, p.pts if p.dts is None else p.dts, p.is_keyframe)
+                    for p in container.demux(video=0)
+                    if p.pts is not None and not p.is_discard
+                ]
         except (av.FFmpegError, OSError) as error:
             raise BadInput(f"the video {path} cannot be read: {_reason(error)}") from error
-        self.stamps = stamps[::stride]
-        if not self.stamps:
+        if not packets:
             raise BadInput(f"the video {path} holds no frames")
+        stamps = sorted(shown for shown, _, _ in packets)
+        self.decoding = {shown: decoded for shown, decoded, key in packets if key} or {stamps[0]: stamps[0]}
+        self.keys = sorted(self.decoding)
+        self.near = NEAR * (stamps[-1] - stamps[0]) // len(stamps)
+        self.stamps = stamps[::stride]
 
     def __len__(self) -> int:
         return len(self.stamps)
@@ -64,13 +85,16 @@ class Frames:
         raise BadInput(f"frame {index} of the video {self.path} and those before it cannot be read: {reason}")
 
     def _decode(self, wanted: int) -> Any:
-        """The frame shown at the time stamp: the last one that is not later."""
-        if self.container is None or self.process != os.getpid():
-            self.container, self.process = av.open(str(self.path)), os.getpid()
-            self.container.streams.video[0].thread_type = "AUTO"
-            self._restart(0)
-        elif wanted < self.current.pts or wanted > self._horizon():
-            self._restart(wanted)
+        """The frame shown at a time stamp: the last one that is not later."""
+        if self.container is None:
+            self.container = av.open(str(self.path))
+            self.container.streams.video[0].codec_context.thread_count = 1  # its threads would not survive a fork
+            opened.add(self)
+            self._start_before(wanted)
+        elif wanted < self.current.pts or (
+            wanted > self.current.pts + self.near and self._key(wanted) > self.current.pts
+        ):
+            self._start_before(wanted)
         while self.current.pts < wanted:
             upcoming = self.following or self._next()
             if upcoming is None or upcoming.pts > wanted:
@@ -79,29 +103,33 @@ class Frames:
             self.current, self.following = upcoming, None
         return self.current
 
-    def _restart(self, wanted: int) -> None:
-        """Stands on the key frame at or before a time stamp."""
-        self.container.seek(wanted, stream=self.container.streams.video[0])
-        self.decoder = self.container.decode(video=0)
-        self.current, self.following = next(self.decoder), None
+    def _key(self, wanted: int) -> int:
+        """The time stamp of the last key frame that is not later: all frames from there on can be decoded from it."""
+        return self.keys[max(0, bisect_right(self.keys, wanted) - 1)]
+
+    def _start_before(self, wanted: int) -> None:
+        """Stands on a frame that is not later than wanted; files are searched by the time of decoding, not showing."""
+        for place in (self.decoding[self._key(wanted)], min(self.decoding[self.keys[0]], 0)):
+            self.container.seek(place, stream=self.container.streams.video[0])
+            self.decoder = self.container.decode(video=0)
+            self.following, first = None, self._next()
+            if first is None:
+                raise StopIteration("no frame could be decoded")
+            self.current = first
+            if first.pts <= wanted:
+                return
 
     def _next(self) -> Any:
         return next((frame for frame in self.decoder if frame.pts is not None), None)
-
-    def _horizon(self) -> int:
-        """Up to this time stamp, decoding on is cheaper than seeking: one key frame interval, about 64 frames."""
-        step = (self.stamps[-1] - self.stamps[0]) // max(1, len(self.stamps) - 1)
-        return self.current.pts + 64 * max(1, step // self.stride)
 
     def close(self) -> None:
         """Closes the file; the next access opens it again."""
         if self.container is not None:
             self.container.close()
-        self.container = None
+        self.container = self.decoder = self.current = self.following = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "channels", "stride", "stamps", "rate")
-        return {name: self.__dict__[name] for name in kept} | {"container": None}
+        return self.__dict__ | dict.fromkeys(("container", "decoder", "current", "following"))
 
 
 def _reason(error: Exception) -> str:
