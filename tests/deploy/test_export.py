@@ -9,6 +9,7 @@ from torch import nn
 
 import opsin
 import opsin.deploy.export as export_module
+from opsin.cli import run as opsin_command
 from opsin.deploy import export
 from opsin.deploy.export import ExportFailed, write
 from opsin.deploy.runner import open_runner
@@ -111,3 +112,14 @@ def test_files_that_are_not_models_are_named(tmp_path):
 
 def test_the_verb_stays_callable_whoever_imported_its_file():
     assert callable(opsin.export) and callable(opsin.deploy.export) and opsin.export is export_module.export
+
+
+def test_command_exports_a_name_of_the_catalogue(tmp_path, capsys):
+    target = str(tmp_path / "r.pt2")
+    assert opsin_command(["export", "resnet20_cifar(num_classes=3)", "--input", "32", "-o", target]) == 0
+    assert "torch, " in capsys.readouterr().out
+    assert open_runner(target)(torch.rand(5, 3, 32, 32)).shape == (5, 3)
+    assert opsin_command(["export", "resnet20_cifar", "--input", "32", "-o", target]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert opsin_command(["export", "resnet21_cifar", "-o", str(tmp_path / "x.onnx")]) == 2
+    assert "resnet20_cifar" in capsys.readouterr().err

@@ -18,11 +18,13 @@ from PIL import Image
 
 import opsin
 from opsin.cli import run as opsin_command
+from opsin.data import open as open_data
 from opsin.errors import BadInput, TrainingFailed, UnknownName
 from opsin.train.compare import compare
 from opsin.train.comparison import Comparison
 from opsin.train.names import check_models, slug, split_models
 from opsin.train.run import Run
+from opsin.train.table import difference
 
 MODELS = "metanet_n, metanet_n(mlp_ratio=1)"
 SMALL = {"models": MODELS, "epochs": 2, "seeds": 2, "data_options": {"limit": 64}}
@@ -143,7 +145,9 @@ def test_ranking_is_by_mean_validation_score(finished):
         own = torch.tensor([s["val"] for s in scores if s["model"] == row.model], dtype=torch.float64)
         assert row.val == pytest.approx(own.mean().item()) and row.val_sd == pytest.approx(own.std().item())
     assert [row.val for row in rows] == sorted((row.val for row in rows), reverse=True)
-    assert rows[0].behind is None and rows[1].behind.mean == pytest.approx(rows[0].val - rows[1].val)
+    by_seed = [{s["seed"]: s["val"] for s in scores if s["model"] == row.model} for row in rows]
+    assert rows[0].behind is None
+    assert rows[1].behind == difference([by_seed[0][seed] - by_seed[1][seed] for seed in (0, 1)])
 
 
 def test_wrong_sql_names_the_tables(finished):
@@ -162,6 +166,19 @@ def test_the_winner_is_exported_as_trained(finished):
     torch.testing.assert_close(
         torch.from_numpy(session.run(None, {"image": images.numpy()})[0]), run.model()(images).logits, atol=1e-4, rtol=0
     )
+
+
+def test_runs_are_exported_and_asked_by_name(finished, tmp_path, capsys):
+    run = str(finished.best_run)
+    Image.fromarray(open_data("digits").test[0][0][0].mul(255).byte().numpy()).save(tmp_path / "digit.png")
+    assert opsin_command(["export", run, "-o", str(tmp_path / "m.pt2")]) == 0
+    assert "of PyTorch" in capsys.readouterr().out
+    answers = []
+    for model in (run, str(tmp_path / "m.pt2"), str(finished.folder / "winner.onnx")):
+        assert opsin_command(["predict", str(tmp_path / "digit.png"), "--model", model, "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["images"][0]["top"])
+    for other in answers[1:]:
+        assert other == {label: pytest.approx(p, abs=1e-4) for label, p in answers[0].items()}
 
 
 def test_the_same_call_trains_nothing_again(finished):

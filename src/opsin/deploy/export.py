@@ -119,10 +119,10 @@ def _example(
 ) -> Tensor:
     if example is not None:
         return example.detach().cpu()
-    if input_size is None and facts is None:
-        raise BadInput("the input's size is not known; say --input, for example --input 224")
-    size = input_size if input_size is not None else facts.size if facts else 224
+    size = input_size if input_size is not None else facts.size if facts else (0, 0)
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise BadInput("the size of the input is not known; say --input, for example --input 224")
     shape = (2, channels or (facts.channels if facts else 3), height, width)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 

@@ -14,13 +14,15 @@ KEY = "opsin"
 
 @dataclass(frozen=True)
 class Facts:
-    """name: the model. size: (height, width) that the model was trained and exported with. output: what comes out."""
+    """name: the model. size: (height, width) that it was trained and exported with, zeros where that is not known.
+    output: what comes out.
+    """
 
     name: str = ""
     task: str = ""
     classes: tuple[str, ...] = ()
     channels: int = 3
-    size: tuple[int, int] = (224, 224)
+    size: tuple[int, int] = (0, 0)
     output: str = "output"
     values: str = "[0, 1]"
 

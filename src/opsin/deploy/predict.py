@@ -110,6 +110,8 @@ def predict(
     if facts.task != "classify":
         what = f"is for the task '{facts.task}'" if facts.task else "has no task"
         raise BadInput(f"predict labels images with a classifier, and '{facts.name or model}' {what}")
+    if 0 in facts.size:
+        raise BadInput(f"'{facts.name}' was trained on images of many sizes; export it with --input, and use that file")
     if top < 1:
         raise BadInput(f"--top is {top}; it must be at least 1")
     files = list(_files([source] if isinstance(source, str | os.PathLike) else source))

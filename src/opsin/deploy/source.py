@@ -42,11 +42,10 @@ def open_model(
 
 
 def run_facts(run: Any) -> Facts:
-    """What a run's configuration says about its model. Raises BadInput where its images differed in size."""
+    """What a run's configuration says about its model; the size stays unknown where its images differed in size."""
     data, request = run.config["data"], run.config["request"]
-    if not data["size"]:
-        raise BadInput(f"the run '{run.path}' was trained on images of different sizes; pass input_size (--input)")
+    height, width = data["size"] or (0, 0)
     return Facts(
         name=request["model"], task=request["task"], classes=tuple(data["classes"]), channels=data["channels"],
-        size=(data["size"][0], data["size"][1]),
+        size=(height, width),
     )  # fmt: skip
