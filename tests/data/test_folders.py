@@ -226,6 +226,14 @@ def test_splits_travel_to_workers_and_end(tmp_path, write):
     assert sum(len(images) for images, _ in loader) == len(data.train)
 
 
+def test_many_files_show_a_bar(tmp_path, write, monkeypatch, capsys):
+    monkeypatch.setattr("opsin.data.splits.WORTH_A_BAR", 1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    data = opsin.data.open(class_set(tmp_path, write, count=40))
+    assert sum(map(len, data.splits.values())) == 80
+    assert "Checking images" in capsys.readouterr().err
+
+
 # -- errors, one sentence each
 
 

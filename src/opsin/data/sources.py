@@ -113,7 +113,7 @@ def _decoded(items: list[Item], data: Data, options: Options) -> Arrays | None:
         except BadInput as error:
             return str(error)
 
-    results = in_threads(decode, items)
+    results = in_threads(decode, items, "Decoding images")
     data.skipped += [(str(item.image), r) for item, r in zip(items, results) if isinstance(r, str)]
     pairs = [(item.target, image) for item, image in zip(items, results) if isinstance(image, torch.Tensor)]
     if not pairs:

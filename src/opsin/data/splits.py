@@ -11,17 +11,19 @@ Every choice is a fixed function of the number and the order of the items (sorte
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from opsin.data import IGNORE, Split
@@ -29,6 +31,7 @@ from opsin.data.images import ImageSource, describe, fit, fit_nearest, read_imag
 from opsin.errors import BadInput
 
 TEST, VAL = 0.2, 0.1
+WORTH_A_BAR = 5000  # files
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test", "eval": "test",
@@ -213,15 +216,20 @@ def first(items: Sequence[T], limit: int | None) -> list[T]:
     return [items[i] for i in sorted(permutation(len(items), "limit")[:limit])]
 
 
-def in_threads(function: Callable[[Any], T], things: Iterable[Any]) -> list[T]:
-    """Maps over files, in blocks: decoding releases the interpreter lock, and a block costs less than 32 hand-overs."""
-    source = iter(things)
-    blocks = iter(lambda: list(islice(source, 32)), [])
+def in_threads(function: Callable[[Any], T], things: Sequence[Any], what: str = "Reading images") -> list[T]:
+    """Maps over files, in blocks: decoding releases the interpreter lock, and a block costs less than 32 hand-overs.
+
+    Work on many files shows a bar on a terminal.
+    """
+    blocks = [things[start : start + 32] for start in range(0, len(things), 32)]
+    hidden = len(things) < WORTH_A_BAR or not sys.stderr.isatty()
     with ThreadPoolExecutor() as pool:
-        return [result for block in pool.map(lambda block: [function(t) for t in block], blocks) for result in block]
+        results = pool.map(lambda block: [function(thing) for thing in block], blocks)
+        shown = track(results, what, total=len(blocks), console=Console(stderr=True), transient=True, disable=hidden)
+        return [result for block in shown for result in block]
 
 
-def channel_statistics(split: Split, sample: int = 256) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(split: Split, sample: int = 128) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over `sample` images of a split, all pixels weighing alike."""
     if isinstance(split, Arrays):
         images = split.batch(torch.tensor(permutation(len(split), "statistics")[:8192]))[0].double()

@@ -5,13 +5,10 @@ What cannot be read, or does not fit its mask or partner, is left out and listed
 of a file is found when it is decoded: see `opsin.data.splits.Samples`.
 """
 
-import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import track
 
 from opsin.data.images import Header, read_header
 from opsin.data.parquet import Row
@@ -19,7 +16,6 @@ from opsin.data.splits import Item, Listing, in_threads
 from opsin.errors import BadInput
 
 CHECKED_OF_LARGE = 256  # rows per split of a table that is not held in memory
-WORTH_A_BAR = 5000
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,7 @@ def survey(splits: dict[str, list[Item]], listing: Listing) -> Survey:
     """Checks the items. Raises BadInput if no image is left."""
     items = {name: _to_check(part) for name, part in splits.items()}
     flat = [item for part in items.values() for item in part]
-    bar = track(flat, "Checking images", console=Console(stderr=True), transient=True,
-                disable=len(flat) < WORTH_A_BAR or not sys.stderr.isatty())  # fmt: skip
-    results = dict(zip(map(id, flat), in_threads(_check, bar)))
+    results = dict(zip(map(id, flat), in_threads(_check, flat, "Checking images")))
     found = {key: result for key, result in results.items() if not isinstance(result, str)}
     scale = _scale(found.values()) if listing.task == "restore" else 1
     reasons = {key: result for key, result in results.items() if isinstance(result, str)}
@@ -68,9 +62,9 @@ def _check(item: Item) -> tuple[Header, Header | None] | str:
         return str(error)
 
 
-def _scale(found) -> int:
+def _scale(found: Iterable[tuple[Header, Header | None]]) -> int:
     """The most common ratio of the clean image's height to the degraded one's, as a whole number."""
-    ratios = Counter(round(target.size[0] / image.size[0]) for image, target in found)
+    ratios = Counter(round(target.size[0] / image.size[0]) for image, target in found if target)
     return max(1, ratios.most_common(1)[0][0]) if ratios else 1
 
 
