@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from opsin._verbs import make_callable
 from opsin.data import Data
 from opsin.errors import BadInput, TrainingFailed
 from opsin.measure import parse_duration
@@ -109,3 +110,6 @@ def _finished(run: Run, model: nn.Module | str) -> Run:
     if isinstance(model, nn.Module):
         run.model(model)
     return run
+
+
+make_callable(__name__)
