@@ -23,6 +23,18 @@ def test_published_parameters_and_macs(scale):
     assert count_macs(net, torch.zeros(1, 1, 10, 7)) == 70 * (25 * 64 + 9 * 64 * 32 + 9 * 32 * scale**2)
 
 
+def test_forward_is_equations_1_to_3():
+    net, y = ESPCN(2).train(), torch.rand(1, 1, 6, 7)
+    w = net.state_dict()
+    f1 = torch.tanh(F.conv2d(y, w["conv1.weight"], w["conv1.bias"], padding=2))
+    f2 = torch.tanh(F.conv2d(f1, w["conv2.weight"], w["conv2.bias"], padding=1))
+    t = F.conv2d(f2, w["conv3.weight"], w["conv3.bias"], padding=1)
+    expected = torch.stack(
+        [torch.stack([t[0, 2 * (i % 2) + j % 2, i // 2, j // 2] for j in range(14)]) for i in range(12)]
+    )
+    assert torch.allclose(net(y)[0, 0], expected, atol=1e-6)
+
+
 def paper_shuffle(t, r, channels):
     """Equation 4, pixel by pixel; x is the row."""
     _, height, width = t.shape
