@@ -12,6 +12,7 @@ from opsin.data import Data
 from opsin.deploy.source import open_model
 from opsin.errors import BadInput
 from opsin.robust.attention_tools import AttentionTemperature
+from opsin.robust.corruptions import Corrupt
 from opsin.robust.vit_patch_robustness import PatchCorruption
 from opsin.tasks.outputs import scores
 
@@ -29,15 +30,18 @@ class AttackReport:
 
 def attack(
     model: nn.Module | str, data: Data | str, *, method: str = "vit_patch_robustness", patch_size: int = 16,
-    steps: int = 100, step_size: float = 2 / 255, limit: int = 20, temperature: float = 1.0, seed: int = 0,
+    steps: int = 100, step_size: float = 2 / 255, limit: int = 20, temperature: float = 1.0,
+    corruption: str = "gaussian_noise", severity: int = 5, seed: int = 0,
 ) -> AttackReport:  # fmt: skip
     """Attacks up to `limit` correctly classified test images at every position of the patch grid.
 
     model: a run's folder, a module (images in [0, 1]), or a name. temperature above 1 smooths attention (the defence).
+    corruption, severity: what stands in the natural patches, one of ImageNet-C's.
     Raises BadInput where no image is classified correctly, or the data has no classes.
     """
     if card_of(method).kind != "attack":
         raise BadInput(f"'{method}' is not an attack; `opsin list --kind attack` shows them")
+    corrupt = Corrupt(corruption, severity)
     network, _ = open_model(model)
     network.eval()
     source = opsin.data.open(data) if isinstance(data, str) else data
@@ -48,7 +52,7 @@ def attack(
     with defence:
         images, accuracy = _rightly_classified(network, source, limit)
         adversarial = create(method, patch_size=patch_size, steps=steps, step_size=step_size).fooling(network, images)
-        natural = PatchCorruption(patch_size=patch_size).fooling(network, images)
+        natural = PatchCorruption(corrupt, patch_size).fooling(network, images)
     return AttackReport(len(images), accuracy, 100 * adversarial.rate, 100 * natural.rate, adversarial.map)
 
 
