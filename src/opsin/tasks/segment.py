@@ -86,7 +86,8 @@ def freeze_unreached(backbone: Backbone, channels: int = 3) -> None:
         return
     training = backbone.training
     image = torch.rand(1, channels, side, side, device=parameters[0].device, dtype=parameters[0].dtype)
-    total = sum(level.sum() for level in backbone.eval().features(image))
+    with torch.enable_grad():
+        total = torch.stack([level.sum() for level in backbone.eval().features(image)]).sum()
     reached = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, reached):
         parameter.requires_grad_(gradient is not None)
