@@ -64,6 +64,8 @@ def test_formats_that_cannot_hold_the_result_become_png(tmp_path, photo):
     photo.quantize(32).save(tmp_path / "a.gif")
     path = once(tmp_path / "a.gif", tmp_path)
     assert path.name == "a.gif.png"
+    with pytest.raises(BadInput, match="exists"):
+        once(tmp_path / "a.gif", tmp_path)
     expected = twice(np.asarray(Image.open(tmp_path / "a.gif").convert("RGB")))
     assert np.array_equal(np.asarray(Image.open(path)), expected)
     pixels = np.zeros((4, 9000, 3), np.uint8)
@@ -263,8 +265,10 @@ def test_side_by_side(tmp_path, photo):
     bicubic = np.asarray(upright.resize((120, 180), Image.Resampling.BICUBIC))
     assert np.array_equal(picture[16:, :120], bicubic)
     assert np.array_equal(picture[16:, 124:], twice(np.asarray(upright)))
-    with pytest.raises(BadInput):
+    paths[0].unlink()
+    with pytest.raises(BadInput, match="side_by_side"):
         restore(tmp_path / "a.png", model=Twice(), output=tmp_path / "out", side_by_side=True, progress=False)
+    assert not paths[0].exists()
 
 
 def test_side_by_side_of_a_large_photo_is_its_middle():

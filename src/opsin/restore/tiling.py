@@ -59,18 +59,23 @@ def blended_spans(length: int, tile: int, overlap: int) -> list[Span]:
 
 def ramps(spans: list[Span], scale: int) -> list[Float[Tensor, " side"]]:
     """One weight per output pixel of each stretch: rising from its inner ends; those of a pixel sum to one."""
-    length = spans[-1].stop * scale
-    weights, total = [], torch.zeros(length)
+    weights, total = [], torch.zeros(spans[-1].stop * scale)
     for before, span, after in zip([None, *spans], spans, [*spans[1:], None]):
         weight = torch.ones((span.stop - span.start) * scale)
-        for inner, shared in ((before and before.stop - span.start, False), (after and span.stop - after.start, True)):
-            if inner:
-                rise = (torch.arange(inner * scale) + 0.5) / (inner * scale)
-                part = slice(len(weight) - len(rise), None) if shared else slice(len(rise))
-                weight[part] *= rise.flip(0) if shared else rise
+        if before:
+            rise = _rise((before.stop - span.start) * scale)
+            weight[: len(rise)] *= rise
+        if after:
+            fall = _rise((span.stop - after.start) * scale).flip(0)
+            weight[-len(fall) :] *= fall
         total[span.start * scale : span.stop * scale] += weight
         weights.append(weight)
     return [w / total[s.start * scale : s.stop * scale] for w, s in zip(weights, spans)]
+
+
+def _rise(length: int) -> Float[Tensor, " length"]:
+    """From 0 to 1, at the middles of `length` pixels."""
+    return (torch.arange(length) + 0.5) / length
 
 
 def exact_tiles(net: Restorer, rows: list[Span], columns: list[Span], read: Read, write: Write) -> Iterator[None]:
