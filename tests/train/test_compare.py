@@ -239,6 +239,15 @@ def test_a_failing_trial_is_a_row_not_the_end(tmp_path, monkeypatch, capsys):
     assert rows == {0: "done", 1: "failed"}
 
 
+def test_options_with_pairs_survive_a_restart(tmp_path):
+    """What JSON turns into lists is still the same trial."""
+    sized = {"models": "metanet_n", "epochs": 1, "seeds": 1, "data_options": {"limit": 32, "size": (8, 8)}}
+    comparison = compare("digits", out=tmp_path / "c", progress=False, **sized)
+    (comparison.trial_folder("metanet_n", 0) / "result.json").unlink()  # as after a kill
+    assert compare("digits", out=tmp_path / "c", progress=False, **sized).ranking[0].failed == 0
+    assert Comparison.load(tmp_path / "c").settings.fixed == comparison.settings.fixed
+
+
 def test_nothing_but_failures_is_an_error(tmp_path, monkeypatch):
     import opsin.train.fit as fit_module
 

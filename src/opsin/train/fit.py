@@ -1,5 +1,6 @@
 """`fit`: trains one model on one data set, into a folder that says everything about it."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -90,7 +91,7 @@ def earlier(folder: Path, request: Request, force: bool) -> dict[str, Any] | Non
         raise BadInput(f"the folder '{folder}' is not empty and not a run; choose another --out, or use --force")
     if config is None:
         return None
-    asked = asdict(request) | {"task": request.task or config["request"]["task"]}
+    asked = json.loads(json.dumps(asdict(request))) | {"task": request.task or config["request"]["task"]}
     changed = [name for name, value in asked.items() if config["request"].get(name) != value]
     if changed and not (folder / RESULT).exists() and not any((folder / CHECKPOINTS).glob("*.ckpt")):
         clear(folder)  # it had not got as far as to save anything
