@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import opsin
 import opsin.errors
 from opsin.backbones import convnext, swin, vit
-from opsin.catalog import all_cards
+from opsin.catalog import all_cards, find
+from opsin.measure.cost import count_macs, count_params
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 5e-5  # of the largest value; float32 in another order of operations
@@ -39,11 +40,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 def size_of(name: str) -> int:
     """Pixels: what the network is built for where that matters, else few."""
-    return (
-        all_cards()["vit" if name.startswith("vit") else "swin"].variants[name].input
-        if name[:3] in ("vit", "swi")
-        else 64
-    )
+    return find(name)[1].input if name.startswith(("vit", "swin")) else 64
 
 
 @torch.no_grad()
@@ -191,3 +188,11 @@ def test_timm_models_behind_our_contract(timm):
     )
     with pytest.raises(opsin.errors.UnknownName, match="resnet18"):
         opsin.create("timm:resnet81")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("convnext")])
+def test_counts_equal_to_the_last_unit(timm, name):
+    with torch.device("meta"):
+        theirs, x = timm.create_model(name), torch.empty(1, 3, 224, 224)
+        ours = opsin.create(name)
+        assert count_params(ours) == count_params(theirs) and count_macs(ours, x) == count_macs(theirs, x)
