@@ -45,9 +45,7 @@ def generate(
     target = _writable(output, force)
     denoiser = _denoiser(model, weights)
     draw = sampler_of(sampler) if isinstance(sampler, str) else sampler
-    patch = create(trick) if isinstance(trick, str) else trick
-    if patch is not None and not isinstance(patch, Trick):
-        raise BadInput(f"'{trick}' is not a trick; `opsin list --kind trick` shows those that there are")
+    patch = _trick(trick) if isinstance(trick, str) else trick
     images = []
     with patch.apply(denoiser) if patch is not None else nullcontext():
         for start in range(0, n, batch):
@@ -109,6 +107,13 @@ def _denoiser(model: str | Path | nn.Module, weights: str | Path | None) -> nn.M
     if not hasattr(built, "sample_shape"):
         raise BadInput(f"{type(built).__name__} is not a denoiser that says what shape its images have (sample_shape)")
     return built.eval()
+
+
+def _trick(spec: str) -> Trick:
+    card = find(parse_spec(spec)[0])[0]
+    if card.kind != "trick":
+        raise BadInput(f"'{card.key}' is a {card.kind}, not a trick; `opsin list --kind trick` shows those")
+    return create(spec)
 
 
 def _labels(denoiser: nn.Module, label: int | None, count: int) -> Tensor | None:
