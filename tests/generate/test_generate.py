@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 import opsin
 from opsin.cli import run
 from opsin.errors import BadInput, TrainingFailed, UnknownName
-from opsin.generate.digits import WEIGHTS, digits
+from opsin.generate.digits import WEIGHTS, digits, main
 from opsin.generate.edm import EDM
 from opsin.generate.gaussian import GaussianMixture
 from opsin.generate.samplers import Euler
@@ -79,6 +79,12 @@ def test_the_shipped_weights_are_small_and_exact_in_single_precision():
     for name, tensor in load_file(WEIGHTS).items():
         assert tensor.dtype == torch.float16 and loaded[name].dtype == torch.float32
         assert torch.equal(loaded[name], tensor.float())
+
+
+def test_the_weights_can_be_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("opsin.generate.digits.WEIGHTS", tmp_path / "edm_digits.safetensors")
+    assert main(steps=2).stat().st_size == WEIGHTS.stat().st_size
+    assert spec_of(tmp_path / "edm_digits.safetensors") == "edm_digits"
 
 
 def test_the_shipped_model_draws_the_digit_that_is_asked_for():

@@ -56,8 +56,8 @@ def test_spectrum_of_a_known_matrix():
 def test_the_deep_cnn_adapts_to_a_local_target_and_the_dense_net_does_not():
     teachers = {"local": HierarchicalKernel((2,)), "global": HierarchicalKernel((2, 2, 2))}
     students = {"cnn": HierarchicalKernel((2, 2, 2)), "dense": fully_connected_kernel(8, 3)}
-    x = product_of_spheres(900, 8, 2)
-    curves = learning_curves(teachers, students, x, (64, 128, 256, 512), fields=8)
+    x = product_of_spheres(600, 8, 2)
+    curves = learning_curves(teachers, students, x, (50, 100, 200, 400), fields=8)
     local, whole, dense = curves["local", "cnn"], curves["global", "cnn"], curves["local", "dense"]
     assert all(a < b for a, b in zip(local.errors, whole.errors, strict=True))
     assert local.exponent > whole.exponent + 0.2

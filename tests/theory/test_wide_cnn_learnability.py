@@ -111,8 +111,8 @@ def test_blocks_change_nothing(monkeypatch):
 def test_finite_nets_have_this_limit(net):
     x = product_of_spheres(4, 8, 2).float()
     kernel = HierarchicalKernel((2, 2, 2))
-    mean = torch.stack([empirical_ntk(net(8, (2, 2, 2), width=384), x) for _ in range(20)]).mean(0)
-    assert (mean / kernel.limit_scale - kernel(x)).norm() / kernel(x).norm() < 0.06
+    mean = torch.stack([empirical_ntk(net(8, (2, 2, 2), width=256), x) for _ in range(16)]).mean(0)
+    assert (mean / kernel.limit_scale - kernel(x)).norm() / kernel(x).norm() < 0.08
 
 
 def test_finite_nets_on_images():
@@ -128,8 +128,8 @@ def test_finite_nets_on_images():
 def test_the_random_output_has_the_nngp_covariance():
     x = product_of_spheres(3, 8, 2).float()
     kernel = HierarchicalKernel((2, 2, 2), "nngp")
-    outputs = torch.stack([LocNet(8, (2, 2, 2), width=64)(x).detach() for _ in range(4000)])
-    assert (outputs.T @ outputs / 4000 / kernel.limit_scale - kernel(x)).abs().max() < 0.1
+    outputs = torch.stack([LocNet(8, (2, 2, 2), width=64)(x).detach() for _ in range(2500)])
+    assert (outputs.T @ outputs / 2500 / kernel.limit_scale - kernel(x)).abs().max() < 0.1
 
 
 def test_shared_layer_is_a_strided_convolution_and_the_local_one_has_weights_per_position():
