@@ -16,13 +16,14 @@ from opsin.measure.evidence import ClaimBudget, Evidence, Experiment
 from opsin.train.bare import accuracy, tensors, train
 
 DIM = 64
+SCALES = (1.0, 10.0)
 Pair = tuple[Tensor, Tensor]
 
 
-def only(data: Pair, low: int, high: int, each: int | None = None) -> Pair:
-    """Samples of classes low..high - 1, at most `each` of a class, labels counted from 0."""
+def only(data: Pair, low: int, high: int, each: slice = slice(None)) -> Pair:
+    """Samples of classes low..high - 1, those numbered `each` of a class, labels counted from 0."""
     images, labels = data
-    rows = [(labels == k).nonzero()[:each, 0] for k in range(low, high)]
+    rows = [(labels == k).nonzero()[each, 0] for k in range(low, high)]
     chosen = torch.cat(rows)
     return (images[chosen] - 0.47) / 0.25, labels[chosen] - low
 
@@ -41,7 +42,7 @@ def adapted(net: nn.Module, adapter: BinaryAdapter | None, few: Pair, seed: int)
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     model = adapter.adapt(model) if adapter else model
-    return train(model, *few, steps=120, seed=seed, batch=64, lr=3e-3, weight_decay=1e-4)
+    return train(model, *few, steps=250, seed=seed, batch=64, lr=3e-3, weight_decay=1e-4)
 
 
 def run(budget: ClaimBudget) -> Evidence:
@@ -55,19 +56,19 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.check("1-bit code less 0.674490", abs(codebook(1)[1] - 0.6744897501960817), "<", 1e-6)
     data = opsin.data.open("cifar10")
     everything, test = tensors(data.train, 10_000), tensors(data.test, 2_000)
-    few, test_new = only(everything, 5, 10, each=50), only(test, 5, 10)
+    few, held_out = only(everything, 5, 10, slice(50)), only(everything, 5, 10, slice(50, 150))
+    test_new = only(test, 5, 10)
     steps = max(20, int(budget.seconds / budget.seeds * 3))
-    kinds = {
-        "linear probe": None,
-        "32 bits, width 8": BinaryAdapter(hidden=8, bits=32),
-        "1 bit, width 8": BinaryAdapter(hidden=8, bits=1),
-        "32 bits, width 1": BinaryAdapter(hidden=1, bits=32),
-    }
-    scores: dict[str, list[float]] = {name: [] for name in kinds}
+    kinds = {"32 bits, width 8": (8, 32), "1 bit, width 8": (8, 1), "32 bits, width 1": (1, 32)}
+    scores: dict[str, list[float]] = {name: [] for name in ("linear probe", *kinds)}
     for seed in seeds:
         net = base(seed, only(everything, 0, 5), steps)
-        for name, adapter in kinds.items():
-            scores[name].append(accuracy(adapted(net, adapter, few, seed), *test_new))
+        scores["linear probe"].append(accuracy(adapted(net, None, few, seed), *test_new))
+        for name, (hidden, bits) in kinds.items():
+            tried = [BinaryAdapter(hidden=hidden, bits=bits, scale=scale) for scale in SCALES]
+            models = [adapted(net, adapter, few, seed) for adapter in tried]
+            best = max(models, key=lambda model: accuracy(model, *held_out))
+            scores[name].append(accuracy(best, *test_new))
     experiment.record("percent on the new classes", scores)
     one = scores["1 bit, width 8"]
     experiment.compare("1 bit over 32 bits of the same width (points)", one, scores["32 bits, width 8"], -1.0)
@@ -75,6 +76,8 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.compare("1 bit over the linear probe (points)", one, scores["linear probe"], 3.0)
     return experiment.evidence(
         budget,
-        notes=f"ViT of width {DIM}, depth 4, {steps} steps of base training; the 32-bit adapter of width 1 stores four "
-        "times the bits of the 1-bit one of width 8, which favours it.",
+        notes=f"ViT of width {DIM}, depth 4, {steps} steps of base training; the scale of each adapter is chosen from "
+        f"{SCALES} on held-out images, as in the paper (a first run with scale 1 and half the steps left all adapters at "
+        "the linear probe, and failed); the 32-bit adapter of width 1 stores four times the bits of the 1-bit one of "
+        "width 8, which favours it.",
     )
