@@ -72,6 +72,21 @@ def test_a_batch_size_frozen_into_the_graph_is_refused(tmp_path):
     assert write(FrozenBatch(), tmp_path / "m.onnx", input_size=8, dynamic_batch=False).difference < 1e-5
 
 
+class Inverts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(3) * 2)
+
+    def forward(self, image):
+        return torch.einsum("ij,njhw->nihw", torch.linalg.inv(self.matrix), image)
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    with pytest.raises(ExportFailed, match=r"linalg_inv_ex.*export to \.pt2 instead"):
+        export(Inverts(), tmp_path / "m.onnx", input_size=8)
+    assert export(Inverts(), tmp_path / "m.pt2", input_size=8).is_file()
+
+
 def test_nothing_is_replaced_without_force(tmp_path, model, facts):
     path = tmp_path / "m.onnx"
     path.write_text("mine")

@@ -1,6 +1,5 @@
 """`opsin compare DATA --models a,b,c`: the main job."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,10 @@ def command(
     budget: Annotated[str | None, typer.Option(help="Training time of each trial (3m unless --epochs).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data, instead of a budget.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds, the same for every model.", min=1)] = 3,
-    size: Annotated[str | None, typer.Option(help="Scale and crop images to it: 64 or 48x64 (height x width).")] = None,
+    size: Annotated[int | None, typer.Option(help="Scale and centre-crop images to this side.")] = None,
+    crop: Annotated[int | None, typer.Option(help="Side of random training crops (segment, restore).")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many images of each split.")] = None,
+    degrade: Annotated[str | None, typer.Option(help="Make restoration data of clean images, e.g. bicubic:2.")] = None,
     jobs: Annotated[int, typer.Option(help="Trials at a time (with --cluster: on each machine).", min=1)] = 1,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The folder; by default one below runs/.")] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="Send the trials to Ray.")] = False,
@@ -33,9 +35,10 @@ def command(
     check_models(models)  # before the slow imports
     from opsin.train.compare import compare
 
+    options = {"size": size, "crop": crop, "limit": limit, "degrade": degrade}
     comparison = compare(
         data, models, task=task, recipe=recipe or (), budget=budget, epochs=epochs, seeds=seeds, jobs=jobs, out=out,
-        cluster=cluster, force=force, data_options={"size": _size(size)} if size else None,
+        cluster=cluster, force=force, data_options={k: v for k, v in options.items() if v is not None},
     )  # fmt: skip
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -47,13 +50,10 @@ def command(
         console.print(f"[bold]winner[/]  {escape(str(winner))}", soft_wrap=True)
 
 
-def _size(text: str) -> int | tuple[int, int]:
-    from opsin.errors import BadInput
-
-    if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise BadInput(f"--size {text} is not a size; write a side such as 64, or height x width such as 48x64")
-    sides = [int(side) for side in text.split("x")]
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+def _certainty(row: Any) -> str:
+    if not row.tied:
+        return ""
+    return " (within the error)" if row.behind.seeds > 1 else " (one seed)"
 
 
 def _table(comparison: Any) -> Any:
@@ -71,7 +71,7 @@ def _table(comparison: Any) -> Any:
         table.add_column(heading, justify="right", no_wrap=True)
 
     for row in comparison.ranking:
-        behind = "" if row.behind is None else points(row.behind.mean, score) + " (tied)" * row.tied
+        behind = "" if row.behind is None else points(row.behind.mean, score) + _certainty(row)
         table.add_row(
             escape(row.model), "failed" if row.val is None else with_spread(row.val, row.val_sd, score),
             "" if row.test is None else with_spread(row.test, row.test_sd, score), behind,

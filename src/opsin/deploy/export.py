@@ -158,8 +158,14 @@ def _program(network: nn.Module, example: Tensor, dynamic_batch: bool) -> torch.
             return torch.export.export(network, (example,), dynamic_shapes=shapes)
     except Exception as error:
         hint = "; try dynamic_batch=False (--fixed-batch)" if dynamic_batch else ""
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportFailed(f"torch.export cannot take this model: {first}{hint}") from error
+        raise ExportFailed(f"torch.export cannot take this model: {_reason(error)}{hint}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
 
 
 def _write_onnx(network: nn.Module, example: Tensor, path: Path, facts: Facts, dynamic_batch: bool) -> None:
@@ -173,8 +179,7 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path, facts: Facts, d
                 program, (), dynamo=True, verbose=False, input_names=["image"], output_names=[facts.output]
             )
         except Exception as error:
-            first = str(error).strip().splitlines()[0]
-            raise ExportFailed(f"ONNX cannot express this model: {first}; export to .pt2 instead") from error
+            raise ExportFailed(f"ONNX cannot express this model: {_reason(error)}; export to .pt2 instead") from error
         assert onnx is not None
         if dynamic_batch:
             shape = onnx.model.graph.inputs[0].shape

@@ -76,7 +76,7 @@ def write_report(comparison: Comparison, data: Data, jobs: int = 1) -> Path:
     """Exports the winner and writes report.html, pareto.svg and pareto.png into the comparison's folder."""
     run = Run.load(comparison.best_run)
     model = run.model()
-    winner = export_winner(comparison, run)
+    winner = export_winner(comparison, run, data)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -115,8 +115,11 @@ def today() -> str:
     return f"{now.day} {now:%B %Y}"
 
 
-def export_winner(comparison: Comparison, run: Run) -> Winner:
-    """Writes winner.onnx, unless it is there already and was made of these weights."""
+def export_winner(comparison: Comparison, run: Run, data: Data) -> Winner:
+    """Writes winner.onnx, unless it is there already and was made of these weights.
+
+    Where images differ in size, the file takes images of the size of the first one that was validated on.
+    """
     folder = comparison.folder
     weights = sha256((run.path / "weights.safetensors").read_bytes()).hexdigest()[:16]
     known = folder / WINNER_FACTS
@@ -126,7 +129,8 @@ def export_winner(comparison: Comparison, run: Run) -> Winner:
             return there
     name = run.config["request"]["model"]
     try:
-        file = export(run, folder / WINNER, force=True)
+        height, width = data.size or data.val[0][0].shape[-2:]
+        file = export(run, folder / WINNER, input_size=(height, width), force=True)
         time_ms = _latency(OnnxRunner(file.path))
         winner = Winner(name, run.path.name, weights, file.difference, file.bytes, time_ms)
     except OpsinError as error:
@@ -232,13 +236,19 @@ def showcase(model: torch.nn.Module, data: Data) -> Showcase | None:
 
 
 def command(comparison: Comparison, jobs: int) -> str:
-    """The command line that repeats the comparison."""
+    """The command line that repeats the comparison; in Python where it has no option for what was asked."""
     s = comparison.settings
+    if not set(s.data_options) <= {"size", "crop", "limit", "degrade"}:
+        length = f"epochs={s.epochs}" if s.epochs else f"budget={s.budget:g}"
+        return (
+            f"opsin.compare({s.data!r}, {list(s.models)}, recipe={list(s.recipe)}, {length}, seeds={list(s.seeds)}, "
+            f"out={str(comparison.folder)!r}, data_options={s.data_options})"
+        )
     words = ["opsin", "compare", s.data, "--models", ",".join(s.models)]
     words += [w for recipe in s.recipe for w in ("--recipe", recipe)]
     words += ["--epochs", str(s.epochs)] if s.epochs else ["--budget", f"{s.budget:g}s"]
     words += ["--seeds", str(len(s.seeds))]
-    words += ["--size", "x".join(map(str, np.ravel(s.data_options["size"])))] if "size" in s.data_options else []
+    words += [w for name, value in s.data_options.items() for w in (f"--{name}", str(value))]
     words += ["--jobs", str(jobs)] if jobs > 1 else []
     return shlex.join([*words, "--out", str(comparison.folder)])
 
