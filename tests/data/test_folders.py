@@ -205,6 +205,9 @@ def test_damage_found_while_training_does_not_stop_it(tmp_path, write):
         images = [split[i][0] for split in data.splits.values() for i in range(len(split))]
     assert len(images) == 12 and all(torch.isfinite(image).all() for image in images)
     assert sorted(Path(name).name for name, _ in data.skipped) == ["00.png", "01.png", "02.png"]
+    read = []
+    data.train.read = lambda item, reader=data.train.read: read.append(item) or reader(item)
+    assert len([data.train[i] for i in range(len(data.train))]) == len(read)  # nothing broken is tried again
 
 
 def test_files_that_vanish_while_training(tmp_path, write):

@@ -1,5 +1,6 @@
 """The data sets by name."""
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -68,6 +69,16 @@ def test_named_sets(name, opsin_data):
         assert data.classes[0] == "sky" and set(target.unique().tolist()) <= {*range(11), IGNORE}
     if name == "bccd":
         assert data.classes == ("Platelets", "RBC", "WBC") and target.boxes.max() <= 640 and len(target.labels) > 0
+
+
+def test_camvid_void_is_ignored_without_a_word_in_classes_txt(tmp_path, monkeypatch, write, write_mask):
+    for i in range(4):
+        write(tmp_path / "camvid" / "train" / f"{i}.png", seed=i)
+        write_mask(tmp_path / "camvid" / "train_labels" / f"{i}.png", np.tile([[3, 11]], (12, 8)))
+    (tmp_path / "camvid" / "classes.txt").write_text("\n".join(f"class{i}" for i in range(11)))
+    monkeypatch.setenv("OPSIN_DATA", str(tmp_path))
+    data = opsin.data.open("camvid")
+    assert len(data.classes) == 11 and set(data.train[0][1].unique().tolist()) == {3, IGNORE}
 
 
 def test_cifar10(opsin_data):

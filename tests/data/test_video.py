@@ -55,6 +55,12 @@ def test_any_order_equals_front_to_back(clip, decoded):
         frames[90]
 
 
+def test_a_misleading_index_falls_back_to_the_start(clip, decoded):
+    frames = Frames(clip)
+    frames.decoding = {shown: frames.stamps[-1] for shown in frames.decoding} | {frames.keys[0]: 0}
+    assert torch.equal(frames[50][0], decoded[50])
+
+
 def test_counts_up(clip):
     """The frames are where they belong in time, also with frames that are coded out of order."""
     levels = [float(image.mean()) for image, _ in (Frames(clip)[i] for i in range(90))]
