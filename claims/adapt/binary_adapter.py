@@ -77,7 +77,7 @@ def run(budget: ClaimBudget) -> Evidence:
     return experiment.evidence(
         budget,
         notes=f"ViT of width {DIM}, depth 4, {steps} steps of base training; the scale of each adapter is chosen from "
-        f"{SCALES} on held-out images, as in the paper (a first run, with scale 1 and half the steps, left all adapters "
-        "at the linear probe, and failed); the 32-bit adapter of width 1 stores four times the bits of the 1-bit one of "
-        "width 8, which favours it.",
+        f"{SCALES} on held-out images, as in the paper (a first run, scale 1 and half the steps, left adapters "
+        "at the linear probe, and failed); the 32-bit adapter of width 1 stores four times the bits of the 1-bit one "
+        "of width 8, which favours it.",
     )
