@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import opsin
 from opsin.backbones.mobilenetv2 import round_channels
+from opsin.backbones.shufflenetv2 import shuffle
 from opsin.errors import BadInput
 from opsin.layers.margin import AMSoftmax, EmbeddingHead
 from opsin.ops.attention.neighborhood_attention import NeighborhoodAttention
@@ -78,3 +79,8 @@ def test_embedding_head_normalises_both_ends():
     y = head(3 + 5 * torch.randn(32, 6, 4, 4))
     assert y.shape == (32, 16)
     assert y.mean(0).abs().max() < 1e-4 and (y.var(0, unbiased=False) - 1).abs().max() < 0.1
+
+
+def test_shuffle_interleaves_the_halves():
+    x = torch.arange(6.0).view(1, 6, 1, 1)
+    assert shuffle(x).flatten().tolist() == [0, 3, 1, 4, 2, 5]
