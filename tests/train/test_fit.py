@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import opsin
 from opsin.errors import BadInput, TrainingFailed, UnknownName
 from opsin.recipes import Recipe
+from opsin.tasks.classify import Classify
 from opsin.train import checkpoint as files
 from opsin.train import job
 from opsin.train.budget import Timing, fill
@@ -416,3 +417,54 @@ def test_networks_are_trained_in_train_mode(data, out, monkeypatch):
     monkeypatch.setattr(job.Training, "training_step", watched)
     fit(Undecided(), data, out=out, **QUICK)
     assert modes and all(modes)
+
+
+class Diary(Recipe):
+    """Notes the first number of its stream and of the hooks' stream at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn, self.hooked = [], []
+
+    def on_train_batch_start(self, *_):
+        self.hooked.append(torch.rand(()).item())
+
+    def transform(self, images, targets, num_classes):
+        self.drawn.append(torch.rand(()).item())
+        return images, targets
+
+
+class Second(Diary):
+    """Another recipe."""
+
+
+def test_every_step_and_every_consumer_draws_its_own_numbers(data, net, tmp_path):
+    diaries = [Diary(), Second(), Diary()]
+    fit(net(), data, recipe=diaries[:2], out=tmp_path / "two", **QUICK)
+    fit(net(), data, recipe=diaries[2:], out=tmp_path / "one", **QUICK)
+    first, second, alone = (diary.drawn for diary in diaries)
+    assert len(set(first + second + diaries[0].hooked)) == 3 * 10
+    assert first == alone
+
+
+def test_with_ema_the_averaged_weights_are_kept(data, net, out):
+    run = fit(net(), data, ema=True, out=out, **QUICK | {"epochs": 1})
+    assert run.result["best_step"] == run.result["steps"]
+    state = read_checkpoint(out / "checkpoints")["state_dict"]
+    best = load_file(out / "weights.safetensors")
+    torch.testing.assert_close(best, {name: state[f"average.module.{name}"] for name in best}, rtol=0, atol=0)
+    assert not torch.equal(best["network.0.weight"], state["model.network.0.weight"])
+
+
+def test_gradients_are_clipped(data, net):
+    plan = draft(
+        "classify", samples=50, parameters=1, devices=1, epochs=1, batch_size=10, lr=None, weight_decay=None, warmup=0,
+        ema=False, uneven=False,
+    )  # fmt: skip
+    task = Classify()
+    training = job.Training(task.wrap(net(), data), task, task.metric(data), plan, num_classes=4, seed=0)
+    for parameter in training.model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    training.configure_gradient_clipping(None)
+    norm = torch.stack([p.grad.norm() for p in training.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(plan.clip, rel=1e-4)

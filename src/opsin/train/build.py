@@ -79,7 +79,7 @@ def describe(thing: Any) -> str:
         digest = blake2b(repr(shapes).encode(), digest_size=6)
         for parameter in thing.parameters():
             if not parameter.requires_grad:
-                digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return f"{kind}#{digest.hexdigest()}"
     plain = {k: v for k, v in sorted(vars(thing).items()) if isinstance(v, int | float | str | bool | tuple | None)}
     return f"{kind}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"

@@ -1,5 +1,6 @@
 """What happens around the steps: random streams, the clock, the records, the bar."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -110,12 +111,12 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "rows": [tuple(row) for row in self.rows], "best": self.best, "best_step": self.best_step,
+            "rows": json.dumps(self.rows), "best": self.best, "best_step": self.best_step,
             "window": self.window, "count": self.count,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = [Row(*row) for row in state_dict["rows"]]
+        self.rows = [Row(*row) for row in json.loads(state_dict["rows"])]
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
         self.window, self.count = state_dict["window"], state_dict["count"]
 
