@@ -14,12 +14,12 @@ CARDS = [card for card in all_cards().values() if card.kind == "backbone"]
 
 
 def small(card: Card) -> tuple[str, int]:
-    """A quick member and its image size: the card's fact `small` (a spec), or its smallest variant."""
+    """A quick member and its image size: the card's fact `small` (a spec), or its smallest variant on few pixels."""
     if "small" in card.facts:
         return card.facts["small"], card.facts.get("small_input", 32)
     sized = [v for v in card.variants.values() if v.params_m]
     variant = min(sized, key=lambda v: v.params_m or 0.0)
-    return variant.name, variant.input or 224
+    return variant.name, 64 if card.facts.get("any_input_size") else variant.input or 224
 
 
 def builder(card: Card) -> tuple[checks.Build, int]:
