@@ -19,6 +19,7 @@ from PIL import Image
 import opsin
 from opsin.cli import run as opsin_command
 from opsin.data import open as open_data
+from opsin.deploy.export import ExportFailed
 from opsin.errors import BadInput, TrainingFailed, UnknownName
 from opsin.train.compare import compare
 from opsin.train.comparison import Comparison
@@ -42,6 +43,16 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return compare("digits", out=tmp_path_factory.mktemp("compare") / "c", progress=False, **SMALL)
+
+
+@pytest.fixture
+def no_export(monkeypatch):
+    """Seconds saved where the exported file is not the point; the report says why there is none."""
+
+    def refuse(*arguments, **options):
+        raise ExportFailed("not in this test")
+
+    monkeypatch.setattr("opsin.train.report.export", refuse)
 
 
 def trial_table(comparison):
@@ -190,7 +201,7 @@ def test_the_same_call_trains_nothing_again(finished):
     assert again.ranking == finished.ranking and Comparison.load(finished.folder).settings == finished.settings
 
 
-def test_more_seeds_keep_what_is_there(finished, tmp_path):
+def test_more_seeds_keep_what_is_there(finished, tmp_path, no_export):
     folder = tmp_path / "c"
     shutil.copytree(finished.folder, folder)
     before = digests(folder / "trials")
@@ -200,7 +211,7 @@ def test_more_seeds_keep_what_is_there(finished, tmp_path):
     assert [row["seed"] for row in trial_table(more)] == [0, 1, 2]
 
 
-def test_another_comparison_needs_force(finished, tmp_path):
+def test_another_comparison_needs_force(finished, tmp_path, no_export):
     with pytest.raises(BadInput, match="another epochs"):
         compare("digits", out=finished.folder, progress=False, **{**SMALL, "epochs": 1})
     (tmp_path / "mine.txt").write_text("mine")
@@ -213,7 +224,7 @@ def test_another_comparison_needs_force(finished, tmp_path):
     assert anew[0]["steps"] == 2 * started[0]["steps"]
 
 
-def test_a_failing_trial_is_a_row_not_the_end(tmp_path, monkeypatch, capsys):
+def test_a_failing_trial_is_a_row_not_the_end(tmp_path, monkeypatch, capsys, no_export):
     import opsin.train.fit as fit_module
 
     real = fit_module.fit
@@ -231,6 +242,7 @@ def test_a_failing_trial_is_a_row_not_the_end(tmp_path, monkeypatch, capsys):
     assert reasons == {0: "MemoryError: no memory", 1: "the loss is not a number at step 7"}
     page = comparison.report.read_text()
     assert "the loss is not a number at step 7" in page and "every trial failed" in page
+    assert "The winner was not exported: not in this test." in page and not (tmp_path / "c" / "winner.onnx").exists()
     assert "failed: MemoryError" in capsys.readouterr().err
 
     monkeypatch.setattr(fit_module, "fit", real)  # memory may be there now; a loss that diverged would diverge again
@@ -239,7 +251,7 @@ def test_a_failing_trial_is_a_row_not_the_end(tmp_path, monkeypatch, capsys):
     assert rows == {0: "done", 1: "failed"}
 
 
-def test_options_with_pairs_survive_a_restart(tmp_path):
+def test_options_with_pairs_survive_a_restart(tmp_path, no_export):
     """What JSON turns into lists is still the same trial."""
     sized = {"models": "metanet_n", "epochs": 1, "seeds": 1, "data_options": {"limit": 32, "size": (8, 8)}}
     comparison = compare("digits", out=tmp_path / "c", progress=False, **sized)
@@ -259,7 +271,7 @@ def test_nothing_but_failures_is_an_error(tmp_path, monkeypatch):
         compare("digits", out=tmp_path / "c", progress=False, **SMALL)
 
 
-def test_a_killed_comparison_goes_on(finished, tmp_path):
+def test_a_killed_comparison_goes_on(finished, tmp_path, no_export):
     """SIGKILL in the middle of two processes' work: they end too, and the same call reaches the same table."""
     folder = tmp_path / "c"
     code = f"import opsin; opsin.compare('digits', out={str(folder)!r}, jobs=2, **{SMALL!r})"
