@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask
 
+import opsin
 from opsin.errors import BadInput, UnknownName
 from opsin.measure.cost import count_macs
 from opsin.measure.memory import LiveTensors
@@ -175,6 +176,8 @@ def test_counts_are_those_of_the_definition():
             op = NeighborhoodAttention(64, kernel_size=7)
             macs = count_macs(op, torch.empty(1, 64, side, side))
             assert macs == side**2 * (4 * 64**2 + 2 * 64 * 49)
+    built = opsin.measure(NeighborhoodAttention(64), 28, channels=64, modes=())
+    assert built.macs == macs, "a network that is built is counted by the definition, too"
 
 
 def test_small_maps_shrink_dilation_first_and_keep_the_bias_aligned():

@@ -176,6 +176,8 @@ def test_inference_multiplies_as_often_as_a_depthwise_convolution():
         x = torch.empty(2, 4, 9, 7)
         ours = count_macs(TVConv(4, (9, 7)).eval(), x)
         assert ours == count_macs(nn.Conv2d(4, 4, 3, padding=1, groups=4), x) == 2 * 4 * 9 * 63
+    built = TVConv(4, (9, 7))
+    assert opsin.measure(built, (9, 7), channels=4, modes=()).macs == 4 * 9 * 63 and not built.posi_map.is_meta
 
 
 def test_complaints_are_sentences():

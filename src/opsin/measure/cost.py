@@ -3,6 +3,7 @@
 The counts need no memory: a network that is named is built on the meta device, where tensors have shapes but no values.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -175,7 +176,10 @@ def _unfused() -> Iterator[None]:
 
 
 def _counts(model: nn.Module | str, built: nn.Module | None, shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    """Parameters, MACs and activations; on the meta device for a name, unless its forward pass needs values."""
+    """Parameters, MACs and activations; on the meta device, unless the forward pass needs values.
+
+    There operators that are faster with more multiplications (attention in tiles) run as they are defined.
+    """
     if isinstance(model, str):
         try:
             with torch.device("meta"):
@@ -184,9 +188,20 @@ def _counts(model: nn.Module | str, built: nn.Module | None, shape: tuple[int, .
         except (NotImplementedError, RuntimeError):
             built = _build(model, shape[1])  # it branches on values; what is wrong otherwise shows here again
     assert built is not None
-    x = torch.zeros(shape, device=_place(built, "cpu"))
+    try:
+        return count_params(built), *_count(_shadow(built), torch.empty(shape, device="meta"))
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):  # as above
+        x = torch.zeros(shape, device=_place(built, "cpu"))
     with _named(name, shape):
         return count_params(built), *_count(built, x)
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy of a network on the meta device, which takes no memory."""
+    held: list[Tensor] = [*model.parameters(), *model.buffers()]
+    memo = {id(t): t.detach().to("meta") for t in held}
+    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)
 
 
 def _build(spec: str, channels: int) -> nn.Module:
