@@ -298,6 +298,20 @@ def test_a_killed_comparison_goes_on(finished, tmp_path, no_export):
     assert trial_table(resumed) == trial_table(finished)
 
 
+def test_a_polite_kill_is_told(tmp_path, monkeypatch, capsys):
+    """Lightning turns SIGTERM into SystemExit, which says nothing by itself."""
+    import opsin.train.fit as fit_module
+
+    def fit(*arguments, **options):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(fit_module, "fit", fit)
+    with pytest.raises(SystemExit):
+        compare("digits", out=tmp_path / "c", **SMALL)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "c").glob("trials/*/failure.json"))
+
+
 def children(pid):
     """Processes that this one started."""
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

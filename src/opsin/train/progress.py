@@ -59,6 +59,8 @@ class Watcher:
         self.stopped.set()
         self.clock.join()
         self.bar.stop()
+        if kind is not None and issubclass(kind, SystemExit):  # Lightning's answer to SIGTERM
+            self.console.print("stopped; the same command goes on from here")
 
     def _announce(self) -> None:
         models, seeds = len({t.model for t in self.trials}), len({t.seed for t in self.trials})
