@@ -138,6 +138,13 @@ def test_kept_filters_follow_the_parameters():
     assert op.cached_weight is None and current()
     op.weight_layers[2].weight = nn.Parameter(torch.randn_like(op.weight_layers[2].weight))
     assert current()
+    weight = op.weight_layers[2].weight
+    for scale in (0.5, 0.25):  # as a search for bit widths does; memory of the first may serve the second
+        original = weight.data
+        weight.data = original * scale
+        assert current()
+        weight.data = original
+    assert current()
     with torch.inference_mode():
         op.eval()
     with torch.no_grad():

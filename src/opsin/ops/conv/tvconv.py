@@ -134,9 +134,9 @@ def generator(affinity: int, hidden: int, outputs: int, inner_layers: int, size:
 class TVConv(nn.Module):
     """(N, C, H, W) -> (N, C, h, w) for the one output size that it was built for.
 
-    In eval mode without gradients the filters are generated once and kept until a parameter changes in place, another
-    state is loaded, or training goes on (writing through `parameter.data` goes unseen: call `cache()` after it).
-    `fuse()` leaves the filters alone.
+    In eval mode without gradients the filters are generated once and kept until a parameter changes or is replaced,
+    another state is loaded, or training goes on (only writing into `parameter.data` goes unseen: call `cache()` after
+    it). `fuse()` leaves the filters alone.
 
     Args:
         input_size: (h, w) of the OUTPUT map.
@@ -179,7 +179,7 @@ class TVConv(nn.Module):
             return self.generate()
         if torch.compiler.is_compiling():
             return self.generate() if self.cached_weight is None else (self.cached_weight, self.cached_bias)
-        if self.cached_weight is None or self._stamp != self._versions():
+        if self.cached_weight is None or not self._is_current():
             self.cache()
         return self.cached_weight, self.cached_bias
 
@@ -189,16 +189,17 @@ class TVConv(nn.Module):
             weight, bias = self.generate()
         self.register_buffer("cached_weight", weight, persistent=False)
         self.register_buffer("cached_bias", bias, persistent=False)
-        self._stamp = self._versions()
+        self._source = [(p.detach(), _version(p)) for p in self.parameters()]
 
     def uncache(self) -> None:
         """Forgets the kept filters."""
         self.register_buffer("cached_weight", None, persistent=False)
         self.register_buffer("cached_bias", None, persistent=False)
-        self._stamp: tuple[tuple[int, int], ...] = ()
+        self._source: list[tuple[Tensor, int]] = []  # the memory that the kept filters were made from, and its state
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        return tuple((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
+    def _is_current(self) -> bool:
+        pairs = zip(self.parameters(), self._source, strict=True)
+        return all(p.data_ptr() == kept.data_ptr() and _version(p) == version for p, (kept, version) in pairs)
 
     def train(self, mode: bool = True) -> "TVConv":
         super().train(mode)
@@ -212,6 +213,11 @@ class TVConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, size={tuple(self.posi_map.shape[2:])}, stride={self.stride}"
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class PositionConv(nn.Module):
