@@ -225,13 +225,14 @@ def default_model(task: str, scale: int) -> str:
 
 
 class Bar:
-    """Progress on the error stream: one line for the photo in work."""
+    """Progress on the error stream, if somebody is looking: one line for the photo in work."""
 
     def __init__(self, show: bool):
         from rich.console import Console
         from rich.progress import Progress
 
-        self.progress = Progress(console=Console(stderr=True), transient=True, disable=not show)
+        console = Console(stderr=True)
+        self.progress = Progress(console=console, transient=True, disable=not (show and console.is_terminal))
         self.line = self.progress.add_task("", total=None)
 
     def __call__(self, name: str) -> Tick:
