@@ -47,7 +47,7 @@ def parity() -> float:
             wanted = inputs if bias is None else [*inputs, bias]
             results.append([y, *torch.autograd.grad((y * weight).sum(), wanted)])
         for other in results[1:]:
-            worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(results[0], other, strict=True)))
+            worst = max(worst, *(float((a - b).detach().abs().max()) for a, b in zip(results[0], other, strict=True)))
     return worst
 
 
