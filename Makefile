@@ -6,7 +6,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 DEMO_MODELS := metanet_n(mixer=depthwise),metanet_n(mixer=self_attention),metanet_n(mixer=pooling)
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test slow parity docs lint types claims clean
+.PHONY: demo test slow parity docs pictures lint types clean
 
 demo: .venv/.ready  ## compare three networks on the built-in digits, write the report
 	$(BIN)/opsin compare digits --models "$(DEMO_MODELS)" --budget 12s --seeds 3 --out $(DEMO_OUT)
@@ -22,6 +22,9 @@ parity: .venv-peers/.ready  ## the same weights in timm and here
 
 docs: .venv/.ready-dev
 	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+pictures: demo  ## the pictures of the README
+	$(BIN)/python docs/pictures.py $(DEMO_OUT)
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
