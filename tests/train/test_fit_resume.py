@@ -91,6 +91,8 @@ def test_killed_at_every_step_of_plans_whose_validations_fall_anywhere(train, ou
             with pytest.raises(Killed):
                 train(out)
     assert_same(train(out), straight)
+    (out / "result.json").unlink()
+    assert_same(train(out), straight)
 
 
 def test_another_seed_is_another_training(train, straight, tmp_path):

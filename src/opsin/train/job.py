@@ -23,7 +23,7 @@ from opsin.tasks.registry import task_by_name
 from opsin.train import defaults
 from opsin.train.budget import fill, measure_timing
 from opsin.train.build import build_recipes, build_task_model, facts_of
-from opsin.train.checkpoint import LAST, Keeper, read_checkpoint
+from opsin.train.checkpoint import LAST, PREVIOUS, Keeper, read_checkpoint
 from opsin.train.defaults import DEFAULTS, GUARD, Plan, draft
 from opsin.train.engine import (
     PRECISIONS,
@@ -34,7 +34,7 @@ from opsin.train.engine import (
     shared_by_name,
     tensorboard,
     user_errors,
-)
+)  # fmt: skip
 from opsin.train.evaluate import evaluate
 from opsin.train.loop import Bar, Clock, Recorder, Streams
 from opsin.train.module import Diverged, Training
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is carried out; none of it changes the result."""
+    """How a run is carried out, which may change from call to call."""
 
     devices: int
     logger: bool
@@ -97,9 +97,13 @@ class Job:
         check_devices(execution.devices)
         name = request.task or data.task
         self.facts = facts_of(data, source, request.data_options)
-        usual = DEFAULTS.get(name)
+        if request.task is None and name not in DEFAULTS:
+            raise BadInput(
+                f"'{data.name}' is data for the task '{name}', which fit does not train; name another with --task, or "
+                "make pairs of clean images with --degrade"
+            )
         smoothing = request.label_smoothing
-        self.smoothing = smoothing if smoothing is not None else usual.label_smoothing if usual else 0.0
+        self.smoothing = DEFAULTS[name].label_smoothing if smoothing is None and name in DEFAULTS else smoothing or 0.0
         self.task: Task = task_by_name(name, self.smoothing)
         check_data(data, self.task)
 
@@ -209,6 +213,7 @@ class Job:
         run = Run(self.folder, config, result)
         save_curves(self.folder, run.metrics(), self.task.score)
         save_json(self.folder / RESULT, result)
+        (self.folder / CHECKPOINTS / PREVIOUS).unlink(missing_ok=True)
         return run
 
     def result(self, parameters: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ That is what makes a run go on after a kill as if nothing had happened: step 731
 with the same random numbers, whether the 730 steps before it ran in this process or in another.
 """
 
+import os
 from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -118,8 +119,16 @@ class Reader(Dataset[tuple[Tensor, Any]]):
             return self.collate([self.split[i] for i in batch.indices])
 
 
-def loader(split: Split, task: str, batches: Sampler[Batch], workers: int = 0) -> DataLoader[tuple[Tensor, Any]]:
+def workers_for(split: Split) -> int:
+    """Processes that read ahead for a GPU; none for data in memory, or where they would compete with the training."""
+    return 0 if hasattr(split, "batch") or not torch.cuda.is_available() else min(8, (os.cpu_count() or 1) - 1)
+
+
+def loader(
+    split: Split, task: str, batches: Sampler[Batch], workers: int | None = None
+) -> DataLoader[tuple[Tensor, Any]]:
     """A loader that draws nothing from the global random numbers."""
+    workers = workers_for(split) if workers is None else workers
     return DataLoader(
         Reader(split, task), sampler=batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0,
         generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
