@@ -1,6 +1,8 @@
 """Restoring files: names, formats, transparency, orientation, profiles, depth, folders, and what is refused."""
 
 import io
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -337,3 +339,19 @@ def test_progress_counts_every_tile():
     net, x = Twice(), torch.rand(1, 1, 40, 70)
     restore_tiles(net, (40, 70), lambda r, c: x[..., r, c], lambda *_: None, tile=20, tick=lambda *n: seen.append(n))
     assert seen == [(i, 8) for i in range(1, 9)]
+
+
+@pytest.mark.slow
+def test_a_photo_of_24_megapixels_takes_less_than_two_gigabytes(tmp_path):
+    """From file to file, in a process of its own: interpreter, PyTorch, decoder and encoder included."""
+    pattern = np.tile(data.astronaut(), (8, 12, 1))[:4000, :6000]
+    Image.fromarray(pattern).save(tmp_path / "large.jpg")
+    code = (
+        "import resource, sys; from opsin.cli import run; code = run(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "restore", str(tmp_path / "large.jpg"), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 2e9
+    with Image.open(tmp_path / "out" / "large.jpg") as result:
+        assert result.size == (12_000, 8_000)

@@ -17,7 +17,7 @@ def command(
     force: Annotated[bool, typer.Option("--force", help="Replace results that are there.")] = False,
     side_by_side: Annotated[bool, typer.Option("--side-by-side", help="Also write a before-and-after.")] = False,
     tile: Annotated[int | None, typer.Option(help="Side of the tiles in pixels; by default from --max-memory.")] = None,
-    max_memory: Annotated[str, typer.Option(help="Memory for the network's tensors, e.g. 512M or 2G.")] = "512M",
+    max_memory: Annotated[str, typer.Option(help="Memory for the network's tensors, e.g. 512M or 2G.")] = "256M",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Restore a photo, or every photo of a folder: enlarge, clean, repair."""

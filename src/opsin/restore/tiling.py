@@ -26,7 +26,7 @@ Run = Callable[[Restorer, list["Span"], list["Span"], Read, Write], Iterator[Non
 Tick = Callable[[int, int], None]  # tiles done, tiles in all
 
 SMALLEST, LARGEST = 16, 1024
-MEMORY = 512 * 2**20
+MEMORY = 256 * 2**20
 OVERLAP = 4  # blended tiles overlap by a quarter of their side
 SCRATCH = 2  # workspace of the kernels, beside the tensors that can be counted
 
