@@ -23,7 +23,7 @@ def product_of_spheres(n: int, dim: int, patch: int, generator: torch.Generator 
 
 
 def factor(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """The Cholesky factor of a positive semi-definite matrix, plus the least jitter that it takes (1e-10 of its scale up).
+    """The Cholesky factor of a positive semi-definite matrix plus the least jitter that does, 1e-10 of its scale or up.
 
     Raises BadInput where the matrix is not positive semi-definite to 1e-6 of its scale.
     """
