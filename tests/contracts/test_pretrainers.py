@@ -11,8 +11,8 @@ from opsin.pretrain import Pretrainer
 
 SMALL = {
     "vit": "vit_tiny_patch16_224(image_size=32, patch_size=4, dim=32, depth=2, num_heads=2, num_classes=0)",
-    "swin": "swin_tiny_patch4_window7_224(dim=16, image_size=32, depths=(2, 2), num_heads=(2, 2), window_size=4, num_classes=0,"
-    " patch_size=2)",
+    "swin": "swin_tiny_patch4_window7_224(dim=16, image_size=32, depths=(2, 2), num_heads=(2, 2), window_size=4,"
+    " patch_size=2, num_classes=0)",
 }
 MEMBERS = [
     (card.key, backbone) for card in list_cards("pretrainer") for backbone in card.facts["backbones"]
