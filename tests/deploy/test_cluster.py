@@ -20,9 +20,11 @@ def test_ray_missing_names_the_extra(monkeypatch):
 @pytest.fixture(scope="module")
 def ray():
     module = pytest.importorskip("ray", reason="needs ray: pip install 'opsin[cluster]'")
-    module.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
-    yield module
-    module.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # a busy machine would starve them
+        module.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
+        yield module
+        module.shutdown()
 
 
 @pytest.mark.slow
@@ -60,12 +62,13 @@ def test_a_folder_that_is_not_shared_is_told(ray, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_comparison_on_the_cluster_is_the_same(ray, tmp_path):
+def test_a_comparison_on_the_cluster_is_the_same(ray, tmp_path, monkeypatch):
     from opsin.train.compare import compare
 
     torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
     settings = {"models": "metanet_n", "epochs": 2, "seeds": 2, "data_options": {"limit": 64}, "progress": False}
     sql = "SELECT model, seed, status, val, test, steps FROM trials ORDER BY model, seed"
-    there = compare("digits", out=tmp_path / "cluster", cluster=True, jobs=2, **settings)
+    there = compare("digits", out="cluster", cluster=True, jobs=2, **settings)
     here = compare("digits", out=tmp_path / "here", **settings)
     assert there.query(sql) == here.query(sql) and len(here.query(sql)) == 2

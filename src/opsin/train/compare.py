@@ -38,7 +38,7 @@ Map = Callable[[Callable[[Trial], dict], Sequence[Trial]], Iterator[tuple[Trial,
 
 
 def compare(
-    data: str | Data, models: str | Sequence[str], *, task: str | None = None, recipe: Sequence[str] = (),
+    data: str | Data, models: str | Sequence[str], *, task: str | None = None, recipe: str | Sequence[str] = (),
     budget: str | float | None = None, epochs: int | None = None, seeds: int | Sequence[int] = 3, jobs: int = 1,
     out: str | Path | None = None, cluster: bool = False, force: bool = False, progress: bool = True,
     data_options: Mapping[str, Any] | None = None,
@@ -47,7 +47,7 @@ def compare(
 
     data: a source that `opsin.data.open` takes (with `data_options`), or opened data.
     models: names or specs, as a list or as text: "convnext_tiny, metanet_n(mixer=tvconv)".
-    recipe: names of recipes, used in every trial.
+    recipe: names of recipes, or one name, used in every trial.
     budget: training time of each trial ("3m" unless `epochs` is given instead), so the whole takes about
         models x seeds x budget / jobs, which is printed first.
     seeds: how many (0, 1, ...), or which; the same for every model.
@@ -63,6 +63,7 @@ def compare(
         raise BadInput(f"--jobs is {jobs}; it must be at least 1")
     opened = open_data(data, **options) if isinstance(data, str) else data
     source = data if isinstance(data, str) else data.name
+    recipe = [recipe] if isinstance(recipe, str) else recipe
     settings = _settings(source, options, opened, names, task, recipe, budget, epochs, seeds)
     rehearse(names, settings.recipe, settings.task, opened)
     comparison = Comparison(Path(out) if out else default_folder(settings), settings)
@@ -85,12 +86,14 @@ def _say_measuring(watcher: Watcher, model: str) -> None:
 
 
 def _trials(comparison: Comparison, data: str | Data) -> list[Trial]:
-    """Seed by seed, so that an early look at a comparison sees every model."""
+    """Seed by seed, so that an early look at a comparison sees every model. Paths hold on any machine that has them."""
     s = comparison.settings
+    if isinstance(data, str) and data != "digits" and Path(data).expanduser().exists():
+        data = str(Path(data).expanduser().resolve())
     return [
         Trial(
-            model, seed, comparison.trial_folder(model, seed), data, s.data_options, s.task, s.recipe, s.budget,
-            s.epochs,
+            model, seed, comparison.trial_folder(model, seed).resolve(), data, s.data_options, s.task, s.recipe,
+            s.budget, s.epochs,
         )
         for seed in s.seeds for model in s.models
     ]  # fmt: skip
