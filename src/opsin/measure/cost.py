@@ -224,6 +224,10 @@ def _named(name: str, shape: tuple[int, ...]) -> Iterator[None]:
     """Turns an operator's complaint about the input into a sentence."""
     try:
         yield
+    except TypeError as error:
+        if "required positional argument" not in str(error):
+            raise
+        raise BadInput(f"'{name}' takes more than an image, so it cannot be measured by its name: {error}") from error
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"'{name}' does not run on an input of {'x'.join(map(str, shape))}: {reason}") from error
