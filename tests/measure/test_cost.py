@@ -189,3 +189,8 @@ def test_command_line_table_and_errors(capsys):
 @pytest.mark.slow
 def test_compiled_latency():
     assert latency(net(), torch.randn(1, 3, 16, 16), "compiled", repeats=3).median_ms > 0
+
+
+def test_a_network_of_more_than_an_image_is_named():
+    with pytest.raises(BadInput, match="more than an image"):
+        measure("edm_digits", 8, channels=1, modes=())

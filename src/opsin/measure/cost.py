@@ -185,7 +185,7 @@ def _counts(model: nn.Module | str, built: nn.Module | None, shape: tuple[int, .
             with torch.device("meta"):
                 shadow = _build(model, shape[1])
                 return count_params(shadow), *_count(shadow, torch.empty(shape))
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError, TypeError):
             built = _build(model, shape[1])  # it branches on values; what is wrong otherwise shows here again
     assert built is not None
     try:
