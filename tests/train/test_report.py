@@ -18,7 +18,7 @@ from scipy import stats
 from opsin.data import open as open_data
 from opsin.data.images import read_image
 from opsin.train.compare import compare
-from opsin.train.plots import band, confusion_svg, place_labels, short_names, with_spread
+from opsin.train.plots import band, confusion_svg, place_labels, short_names, smooth, with_spread
 from opsin.train.report import Comparison, command, verdict
 from opsin.train.samples import Answers, choose, confused_pairs, gradient_times_input
 from opsin.train.table import Difference, Row, difference, frontier
@@ -52,7 +52,7 @@ class Addresses(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.found += [v for k, v in attributes if k in ("src", "href", "xlink:href", "action", "data")]
         self.ids += [v for k, v in attributes if k == "id"]
-        if tag not in ("meta", "br", "img", "link", "path", "use", "rect", "line", "circle"):
+        if tag not in ("meta", "br", "img", "wbr", "link", "path", "use", "rect", "line", "circle"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -187,6 +187,13 @@ def test_band_is_mean_and_spread_of_aligned_seeds():
     np.testing.assert_allclose(mean, grid)
     np.testing.assert_allclose(spread, 0, atol=1e-12)
     assert len(band([(t, t), (t + 5, t)])[0]) == 0
+
+
+def test_smoothing_keeps_the_mean_and_the_ends():
+    t = np.linspace(0, 9, 901)
+    place, values = smooth((t, 3 * t), 50)
+    assert len(place) == 50 and values == pytest.approx(3 * place) and values.mean() == pytest.approx(13.5, abs=0.02)
+    assert smooth((t[:20], t[:20]), 50)[0] is not None and len(smooth((t[:20], t[:20]), 50)[0]) == 20
 
 
 def test_confusion():

@@ -137,6 +137,8 @@ def _pareto(rows: Sequence[Row], colour: Mapping[str, str], score: str, theme: T
     axes.set_xlabel("latency of one image, ms (median)")
     axes.set_ylabel(f"validation {score}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: show(v, score)))
+    if as_percent(score) and len(y):
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.0 + 0.03 * float(np.ptp(axes.get_ylim()))))
     if axes.get_xscale() == "linear":
         axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     place_labels(axes, short_names([row.model for row in rows]), x, y, [colour[row.model] for row in rows], bars)
@@ -218,11 +220,11 @@ def _outside(box: Sequence[float], frame: Any) -> float:
     return (box[2] - box[0]) * (box[3] - box[1]) - inside
 
 
-Curve = tuple[NDArray, NDArray]  # seconds, values
+Curve = tuple[NDArray, NDArray]  # seconds or steps, values
 
 
 def band(curves: Sequence[Curve], points: int = 80) -> tuple[NDArray, NDArray, NDArray]:
-    """Seconds, mean and sample standard deviation over seeds, where every seed has values (linear in between)."""
+    """Place, mean and sample standard deviation over seeds, where every seed has values (linear in between)."""
     start, stop = max(t[0] for t, _ in curves), min(t[-1] for t, _ in curves)
     grid = curves[0][0] if len(curves) == 1 else np.linspace(start, stop, points) if stop > start else np.empty(0)
     values = np.stack([np.interp(grid, t, v) for t, v in curves])
@@ -230,17 +232,30 @@ def band(curves: Sequence[Curve], points: int = 80) -> tuple[NDArray, NDArray, N
     return grid, values.mean(0), spread
 
 
+def smooth(curve: Curve, parts: int = 50) -> Curve:
+    """The means of a curve over equal parts of its length; as it is where it has no more points than that."""
+    place, values = curve
+    if len(place) <= parts:
+        return curve
+    part = np.minimum((parts * (place - place[0]) / (place[-1] - place[0])).astype(int), parts - 1)
+    counts = np.maximum(np.bincount(part, minlength=parts), 1)
+    means = [np.bincount(part, weights=w, minlength=parts) / counts for w in (place, values)]
+    there = np.bincount(part, minlength=parts) > 0
+    return means[0][there], means[1][there]
+
+
 def curves_svg(
-    score: Mapping[str, Sequence[Curve]], loss: Mapping[str, Sequence[Curve]], colour: Mapping[str, str], name: str
-) -> str:
-    """Validation score and training loss over the seconds of training: mean and spread over seeds."""
+    score: Mapping[str, Sequence[Curve]], loss: Mapping[str, Sequence[Curve]], colour: Mapping[str, str], name: str,
+    place: str,
+) -> str:  # fmt: skip
+    """Validation score and training loss over the training (`place` says in what): mean and spread over seeds."""
     with _style(PAGE):
         figure = Figure(figsize=(9.4, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for axes, series in ((left, score), (right, loss)):
             for model, curves in series.items():
                 _draw_band(axes, curves, colour[model])
-            axes.set_xlabel("seconds of training")
+            axes.set_xlabel(place)
             axes.xaxis.set_major_locator(MaxNLocator(6))
         left.set_title(f"validation {name}")
         left.yaxis.set_major_formatter(FuncFormatter(lambda v, _: show(v, name, 0)))

@@ -1,6 +1,7 @@
 """The report of a comparison: one HTML file that needs nothing else, and the exported winner beside it."""
 
 import json
+import re
 import shlex
 import statistics
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from opsin.data import Data
 from opsin.deploy.export import write as export
@@ -32,6 +33,7 @@ from opsin.train.plots import (
     save_pareto,
     short_names,
     show,
+    smooth,
     strip_svg,
     with_spread,
 )  # fmt: skip
@@ -205,13 +207,17 @@ def strips(comparison: Comparison, colour: Mapping[str, str]) -> dict[str, Marku
 
 
 def curves(comparison: Comparison, score: str, colour: Mapping[str, str]) -> Markup:
-    """Learning curves of all trials that were not lost."""
-    return Markup(curves_svg(_series(comparison, "val", score), _series(comparison, "train", "loss"), colour, score))
+    """Learning curves of all trials that were not lost: over seconds where time is the budget, else over steps."""
+    place = "step" if comparison.settings.epochs else "seconds"
+    loss = _series(comparison, "train", "loss", place)
+    loss = {model: [smooth(curve) for curve in seeds] for model, seeds in loss.items()}
+    words = {"step": "steps", "seconds": "seconds of training"}
+    return Markup(curves_svg(_series(comparison, "val", score, place), loss, colour, score, words[place]))
 
 
-def _series(comparison: Comparison, split: str, name: str) -> dict[str, list[Curve]]:
+def _series(comparison: Comparison, split: str, name: str, place: str) -> dict[str, list[Curve]]:
     rows = comparison.query(
-        "SELECT c.model, c.seed, list(c.seconds ORDER BY step) AS t, list(value ORDER BY step) AS v FROM curves c "
+        f"SELECT c.model, c.seed, list(c.{place} ORDER BY step) AS t, list(value ORDER BY step) AS v FROM curves c "
         f"JOIN scores s USING (model, seed) WHERE split = '{split}' AND name = '{name}' AND isfinite(value) "
         "GROUP BY c.model, c.seed ORDER BY c.model, c.seed"
     )
@@ -297,4 +303,9 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
 
 
-FILTERS = {"si": si, "mib": mebibytes, "ms": milliseconds, "duration": duration}
+def breakable(name: str) -> Markup:
+    """A model's name that may be broken after its signs."""
+    return Markup(re.sub(r"([(,=_])", r"\1<wbr>", str(escape(name))))
+
+
+FILTERS = {"breakable": breakable, "si": si, "mib": mebibytes, "ms": milliseconds, "duration": duration}
