@@ -43,7 +43,8 @@ def train(
     """
     model.train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    warm = max(0.1, 2 / steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=warm)
     order = torch.Generator().manual_seed(seed)
     for step in range(steps):
         torch.manual_seed(seed * 1_000_003 + step)
