@@ -195,6 +195,6 @@ def test_batch_sizes_and_rates_suit_small_data():
     assert choose_batch_size("segment", 367) == 8
     usual = DEFAULTS["classify"].lr
     assert choose_lr("classify", 200_000, 128) == usual
-    assert choose_lr("classify", 27_000_000, 128) == pytest.approx(usual / 3, rel=0.01)
+    assert choose_lr("classify", 20_000_000, 128) == pytest.approx(usual / 10, rel=0.01)
     assert choose_lr("classify", 200_000, 32) == pytest.approx(usual / 2)
     assert math.isclose(choose_lr("classify", 10, 512), usual)

@@ -11,13 +11,14 @@ VALIDATIONS = 50  # at most, in one run
 BUDGET_FOR_VALIDATION = 0.15  # at most, of a time budget
 GUARD = 1.3  # times the budget: training stops whatever was planned
 CLIP = 1.0  # norm of the gradient
+SMALL = 200_000  # parameters
 
 
 @dataclass(frozen=True)
 class TaskDefaults:
     """Starting points that were found sound on small data; each can be given to `fit`.
 
-    lr: of AdamW, for a batch of `batch_size` and networks of up to a million parameters.
+    lr: of AdamW, for a batch of `batch_size` and networks of up to `SMALL` parameters.
     batch_size: the largest that is chosen.
     steps: how many a run without epochs or budget takes, roughly.
     """
@@ -31,9 +32,9 @@ class TaskDefaults:
 
 
 DEFAULTS = {
-    "classify": TaskDefaults(lr=3e-3, weight_decay=0.05, warmup=0.05, label_smoothing=0.1, batch_size=128, steps=2000),
-    "segment": TaskDefaults(lr=1e-3, weight_decay=0.01, warmup=0.05, label_smoothing=0.0, batch_size=8, steps=3000),
-    "pretrain": TaskDefaults(lr=1e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0, batch_size=128, steps=4000),
+    "classify": TaskDefaults(lr=5e-3, weight_decay=0.05, warmup=0.05, label_smoothing=0.1, batch_size=128, steps=2000),
+    "segment": TaskDefaults(lr=2e-3, weight_decay=0.01, warmup=0.05, label_smoothing=0.0, batch_size=8, steps=3000),
+    "pretrain": TaskDefaults(lr=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0, batch_size=128, steps=4000),
     "restore": TaskDefaults(lr=1e-3, weight_decay=0.0, warmup=0.02, label_smoothing=0.0, batch_size=16, steps=4000),
 }
 
@@ -73,8 +74,8 @@ def choose_batch_size(task: str, samples: int, devices: int = 1) -> int:
 
 
 def choose_lr(task: str, parameters: int, batch_size: int) -> float:
-    """Falls with the cube root of the parameters beyond a million, and the square root of the batch."""
-    size = min(1.0, (1e6 / max(parameters, 1)) ** (1 / 3))
+    """Falls with the square root of the parameters beyond `SMALL`, and of the batch."""
+    size = min(1.0, SMALL / max(parameters, 1)) ** 0.5
     batch = min(1.0, batch_size / DEFAULTS[task].batch_size) ** 0.5
     return float(f"{DEFAULTS[task].lr * size * batch:.2g}")
 
