@@ -21,7 +21,7 @@ parity: .venv-peers/.ready  ## the same weights in timm and here
 	$(PEERS)/python -m pytest tests/parity -m parity
 
 docs: .venv/.ready-dev
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pictures: demo  ## the pictures of the README
 	$(BIN)/python docs/pictures.py $(DEMO_OUT)

@@ -170,7 +170,9 @@ def commit() -> str:
 def machine() -> str:
     """Processor, threads and the PyTorch version, in one line."""
     cuda = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{_processor()}, {torch.get_num_threads()} threads{cuda}, PyTorch {torch.__version__}"
+    threads = torch.get_num_threads()
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{_processor()}, {count}{cuda}, PyTorch {torch.__version__}"
 
 
 def _processor() -> str:

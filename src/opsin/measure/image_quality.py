@@ -7,6 +7,7 @@ of a data set is the mean of its images' figures. SSIM is Wang's: Gaussian windo
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +19,7 @@ from opsin.errors import BadInput
 # BT.601: rows are Y, Cb, Cr; the input is R, G, B in [0, 1], the output is in 255ths
 YCBCR = ((65.481, 128.553, 24.966), (-37.797, -74.203, 112.0), (112.0, -93.786, -18.214))
 OFFSET = (16.0, 128.0, 128.0)
+RGB = np.linalg.inv(np.array(YCBCR) / 255).tolist()
 
 
 def rgb_to_ycbcr(image: Float[Tensor, "*n 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
@@ -28,9 +30,8 @@ def rgb_to_ycbcr(image: Float[Tensor, "*n 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
 
 def ycbcr_to_rgb(image: Float[Tensor, "*n 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
     """The inverse of `rgb_to_ycbcr`; not clamped."""
-    matrix, offset = _bt601(image)
-    inverse = torch.linalg.inv(matrix.double()).to(image.dtype)
-    return torch.einsum("ij,...jhw->...ihw", inverse, image - offset)
+    _, offset = _bt601(image)
+    return torch.einsum("ij,...jhw->...ihw", image.new_tensor(RGB), image - offset)
 
 
 def luminance(image: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n 1 h w"]:
