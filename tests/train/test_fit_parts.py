@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from opsin.train import sampler
+from opsin.train import budget, sampler
 from opsin.train.defaults import DEFAULTS, Plan, choose_batch_size, choose_lr
 from opsin.train.optimizer import WarmupCosine, adamw, averaged, parameter_groups
 from opsin.train.sampler import EvalBatches, Reader, TrainBatches, loader, mix, seed_generators
@@ -198,3 +199,24 @@ def test_batch_sizes_and_rates_suit_small_data():
     assert choose_lr("classify", 20_000_000, 128) == pytest.approx(usual / 10, rel=0.01)
     assert choose_lr("classify", 200_000, 32) == pytest.approx(usual / 2)
     assert math.isclose(choose_lr("classify", 10, 512), usual)
+
+
+@pytest.mark.parametrize(
+    ("ends", "per_step", "stops"),
+    [
+        ([0, 5, 6, 7, 7.1, 7.2, 7.3, 7.41, 7.52], 0.104, 8),  # a slow start is no measure
+        ([0, 20], 20, 1),  # a step that takes the limit is all there is
+        ([0, 7, 9, 11], 2, 3),  # without the first at least
+    ],
+)
+def test_the_stopwatch(ends, per_step, stops, monkeypatch):
+    clock = iter(ends)
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: next(clock))
+    trainer = SimpleNamespace(should_stop=False)
+    watch = budget.Stopwatch(seconds=0.5, limit=10)
+    watch.on_train_start(trainer, None)
+    steps = 0
+    while not trainer.should_stop:
+        watch.on_train_batch_end(trainer, None)
+        steps += 1
+    assert (steps, watch.per_step) == (stops, pytest.approx(per_step))

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.compress.quantiser import channel_range, fake_quantise
+from opsin.compress.quantiser import channel_range, fake_quantise, weight_of
 from opsin.errors import BadInput
 from opsin.tasks.outputs import scores
 
@@ -29,12 +29,12 @@ def sensitivities(
     reference = F.log_softmax(scores(model, images), 1)
     omega = torch.empty(len(layers), len(choices))
     for i, layer in enumerate(layers):
-        weight = layer.weight.data
+        weight = weight_of(layer).data
         for j, bits in enumerate(choices):
-            layer.weight.data = fake_quantise(weight, *channel_range(weight), bits)
+            weight_of(layer).data = fake_quantise(weight, *channel_range(weight), bits)
             moved = F.log_softmax(scores(model, images), 1)
             omega[i, j] = F.kl_div(moved, reference, reduction="batchmean", log_target=True)
-        layer.weight.data = weight
+        weight_of(layer).data = weight
     return omega
 
 

@@ -41,8 +41,9 @@ class Statistics:
             self.handles.append(self.entrance.register_forward_hook(self._at_entrance))
 
     def _at_norm(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        std = (norm.running_var + 1e-6).sqrt()  # type: ignore[operator]
-        self.total = self.total + distance(inputs[0], norm.running_mean, std)  # type: ignore[arg-type]
+        mean, variance = norm.running_mean, norm.running_var
+        assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
+        self.total = self.total + distance(inputs[0], mean, (variance + 1e-6).sqrt())
 
     def _at_entrance(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.total = self.total + distance(output, output.new_zeros(()), output.new_ones(()))

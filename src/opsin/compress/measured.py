@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.compress.quantiser import QUANTISABLE, QuantisedLayer
+from opsin.compress.quantiser import QUANTISABLE, QuantisedLayer, weight_of
 from opsin.data import Data
 from opsin.measure.cost import count_macs
 from opsin.measure.latency import latency
@@ -19,8 +19,9 @@ def weight_bits(model: nn.Module) -> float:
             bits += 8 * module.codes.numel()
             weights += torch.Size(module.shape).numel()
         elif isinstance(module, QUANTISABLE):
-            bits += 8 * module.weight.element_size() * module.weight.numel()
-            weights += module.weight.numel()
+            weight = weight_of(module)
+            bits += 8 * weight.element_size() * weight.numel()
+            weights += weight.numel()
     return bits / max(weights, 1)
 
 

@@ -6,6 +6,7 @@
 Weights have one range per output channel, activations one per tensor.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
 
@@ -14,8 +15,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d,
+}  # fmt: skip
 QUANTISABLE = (*CONVOLUTIONS, nn.Linear)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weights of a convolution or linear layer."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def codes_of(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,16 +65,21 @@ def unpack_codes(packed: Int[Tensor, " m"], bits: int) -> Int[Tensor, " n"]:
 class QuantisedLayer(nn.Module):
     """A convolution or linear layer whose weights are stored in 2, 4 or 8 bits and unpacked when used."""
 
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, layer: nn.Module, bits: int):
         super().__init__()
-        weight = layer.weight.detach()
+        weight = weight_of(layer).detach()
         codes, scale, zero = codes_of(weight, *channel_range(weight), bits)
         self.bits, self.shape, self.kind = bits, tuple(weight.shape), type(layer).__name__
         self.register_buffer("codes", pack_codes((codes + 2 ** (bits - 1)).flatten().to(torch.int32), bits))
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-        self.compute = F.linear
+        bias = layer.bias
+        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False) if isinstance(bias, Tensor) else None
+        self.compute: Callable[..., Tensor] = F.linear
         if not isinstance(layer, nn.Linear):
             function = CONVOLUTIONS[type(layer)]
             geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -84,6 +99,9 @@ class QuantisedLayer(nn.Module):
 
 class QuantisedActivation(nn.Module):
     """An activation function whose output is rounded to `bits` bits within a range that was calibrated and frozen."""
+
+    low: Tensor
+    high: Tensor
 
     def __init__(self, act: nn.Module, bits: int):
         super().__init__()

@@ -15,7 +15,7 @@ from opsin.compress import Budget, Compressed, Report
 from opsin.compress.bit_allocation import best_within, pareto_frontier, sensitivities
 from opsin.compress.distilled_data import distil
 from opsin.compress.measured import accuracy, measured
-from opsin.compress.quantiser import QUANTISABLE, QuantisedActivation, QuantisedLayer
+from opsin.compress.quantiser import QUANTISABLE, QuantisedActivation, QuantisedLayer, weight_of
 from opsin.data import Data
 from opsin.errors import BadInput
 
@@ -82,7 +82,7 @@ class ZeroQ:
         self, model: nn.Module, layers: dict[str, nn.Module], images: Tensor, budget: Budget, before: dict[str, float]
     ) -> tuple[list[int], list[list[float]]]:
         """Bits per layer for the budget, and the sensitivities that they follow from."""
-        sizes = [layer.weight.numel() for layer in layers.values()]  # type: ignore[operator, union-attr]
+        sizes = [weight_of(layer).numel() for layer in layers.values()]
         limit = weight_limit(budget, layers, before)
         if limit is None or len(self.choices) == 1:
             return [self.choices[-1]] * len(layers), []
@@ -99,12 +99,12 @@ def quantisable(model: nn.Module) -> dict[str, nn.Module]:
 
 def weight_limit(budget: Budget, layers: dict[str, nn.Module], before: dict[str, float]) -> float | None:
     """How many bits all weights may take together, after scales, biases and norms have had theirs."""
-    weights = sum(layer.weight.numel() for layer in layers.values())  # type: ignore[operator, union-attr, misc]
+    weights = sum(weight_of(layer).numel() for layer in layers.values())
     limits = []
     if budget.bits is not None:
         limits.append(budget.bits * weights)
     if budget.bytes is not None:
-        channels = sum(layer.weight.shape[0] for layer in layers.values())  # type: ignore[operator, union-attr, misc, index]
+        channels = sum(weight_of(layer).shape[0] for layer in layers.values())
         fixed = before["bytes"] - 4 * weights + 8 * channels + 64 * len(layers)
         limits.append(8 * (budget.bytes - fixed))
     return min(limits) if limits else None

@@ -46,6 +46,20 @@ class Detections:
 
 
 @dataclass
+class Dense:
+    """Predictions of one number or vector per pixel (depth, flow, anomaly), in the task's unit."""
+
+    values: Float[Tensor, "n c h w"]
+
+
+@dataclass
+class Embeddings:
+    """Predictions of an embedder: vectors of length 1."""
+
+    vectors: Float[Tensor, "n d"]
+
+
+@dataclass
 class Images:
     """Predictions of a restorer, values in [0, 1]."""
 

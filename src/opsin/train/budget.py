@@ -21,8 +21,8 @@ from opsin.train.engine import make_trainer
 from opsin.train.loop import Streams
 from opsin.train.module import Training
 
-WARM_UP_STEPS = 3
-SHARE = 0.04  # of the budget, for measuring steps
+WARM_UP_STEPS = 3  # in which libraries load and memory is found
+LIMIT = 0.25  # of the budget, for measuring slow steps
 Loader = DataLoader[tuple[Tensor, Any]]
 
 
@@ -35,36 +35,37 @@ class Timing:
 
 
 class Stopwatch(Callback):
-    """Times steps after the first few, until `seconds` are over."""
+    """Times the steps after the warm-up for about `seconds`; stops early after `limit` seconds in all."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self.steps = seconds, 0
+    def __init__(self, seconds: float, limit: float):
+        self.seconds, self.limit = seconds, limit
+        self.ends: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = self.warm = self.last = time.perf_counter()
+        self.ends = [time.perf_counter()]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.last = time.perf_counter()
-        self.steps += 1
-        if self.steps == WARM_UP_STEPS:
-            self.warm = self.last
-        if self.last - self.started > self.seconds and self.steps != WARM_UP_STEPS:
+        self.ends.append(time.perf_counter())
+        if len(self.ends) > WARM_UP_STEPS + 1 and self.ends[-1] - self.ends[WARM_UP_STEPS] > self.seconds:
+            trainer.should_stop = True
+        if self.ends[-1] - self.ends[0] > self.limit:
             trainer.should_stop = True
 
     @property
     def per_step(self) -> float:
-        """The mean; with no step beyond the warm-up, of the warm-up."""
-        if self.steps > WARM_UP_STEPS:
-            return (self.last - self.warm) / (self.steps - WARM_UP_STEPS)
-        return (self.last - self.started) / self.steps
+        """The mean after the warm-up; where there was no time for more, of the steps after the first."""
+        steps = len(self.ends) - 1
+        measured = self.ends[WARM_UP_STEPS if steps > WARM_UP_STEPS else min(1, steps - 1) :]
+        return (measured[-1] - measured[0]) / (len(measured) - 1)
 
 
 def measure_timing(
-    module: Training, recipes: Sequence[Callback], train: Loader, val: Loader, *, seconds: float, precision: str
+    module: Training, recipes: Sequence[Callback], train: Loader, val: Loader, *, budget: float, precision: str
 ) -> Timing:
-    """Trains and validates copies of module and recipes for about `seconds` each, at most."""
+    """Trains and validates copies of module and recipes, for a few per cent of the budget."""
+    seconds = min(max(0.04 * budget, 0.5), 10)
     module, recipes = copy.deepcopy((module, list(recipes)))
-    watch = Stopwatch(seconds)
+    watch = Stopwatch(seconds, LIMIT * budget)
     plan = replace(module.plan, steps=10**9)
     trainer = make_trainer(plan, [Streams(), watch, *recipes], precision=precision, validate=False)
     trainer.fit(module, train)
@@ -74,11 +75,10 @@ def measure_timing(
 @torch.inference_mode()
 def _validation_seconds(module: Training, val: Loader, seconds: float) -> float:
     module.eval()
+    _validate(module, next(iter(val)))
     started, batches = time.perf_counter(), 0
-    for images, targets in val:
-        images = images.to(module.device)
-        targets = targets.to(module.device) if isinstance(targets, Tensor) else targets
-        module.task.update_metric(module.metric, module.evaluated(images), targets)
+    for batch in val:
+        _validate(module, batch)
         batches += 1
         if time.perf_counter() - started > seconds:
             break
@@ -86,6 +86,11 @@ def _validation_seconds(module: Training, val: Loader, seconds: float) -> float:
     started = time.perf_counter()
     torch.save(module.state_dict(), io.BytesIO())
     return reading + 4 * (time.perf_counter() - started)  # weights, two moments of the optimizer, the best weights
+
+
+def _validate(module: Training, batch: tuple[Tensor, Any]) -> None:
+    images, targets = (x.to(module.device) if isinstance(x, Tensor) else x for x in batch)
+    module.task.update_metric(module.metric, module.evaluated(images), targets)
 
 
 def fill(plan: Plan, budget: float, spent: float, timing: Timing, warmup: float) -> Plan:

@@ -155,7 +155,7 @@ class Job:
             return plan
         timing = measure_timing(
             self.module(task_model, plan, recipes), recipes, *self.loaders(plan, self.execution.devices),
-            seconds=min(max(0.04 * r.budget, 0.5), 10), precision=r.precision,
+            budget=r.budget, precision=r.precision,
         )  # fmt: skip
         return fill(plan, r.budget, time.monotonic() - started, timing, warmup)
 

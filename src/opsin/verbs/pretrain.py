@@ -32,6 +32,6 @@ def pretrain(
         f"{method}({settings})", data, "pretrain", budget=budget, epochs=epochs, seed=seed, out=folder, force=force,
         progress=progress,
     )  # fmt: skip
-    weights = run.model().pretrainer.backbone.state_dict()
+    weights = run.model().get_submodule("pretrainer.backbone").state_dict()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, run.path / BACKBONE)
     return run
