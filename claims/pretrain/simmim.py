@@ -58,7 +58,7 @@ def fine_tuned(net: VisionTransformer, data: tuple[Tensor, Tensor], test: tuple[
     torch.manual_seed(seed)
     net.head, net.num_classes = nn.Linear(DIM, 10), 10
     nn.init.trunc_normal_(net.head.weight, std=0.02)
-    return accuracy(train(net, *data, steps=400, seed=seed, batch=64, lr=1e-3), *test)
+    return accuracy(train(net, *data, steps=300, seed=seed, batch=64, lr=1e-3), *test)
 
 
 def normalised(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
