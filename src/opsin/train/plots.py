@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,7 @@ def _pareto(rows: Sequence[Row], colour: Mapping[str, str], score: str, theme: T
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    _draw_frontier(axes, rows, theme)
-    bars = []
+    bars = _draw_frontier(axes, rows, theme)
     for row, time, value in points:
         spread, quartiles = row.val_sd or 0.0, min((row.latency_iqr_ms or 0.0) / 2, 0.9 * time)
         bars += [(time, time, value - spread, value + spread), (time - quartiles, time + quartiles, value, value)]
@@ -151,12 +150,16 @@ def short_names(models: Sequence[str], most: int = 34) -> list[str]:
     return [name if short.count(cut) > 1 else cut for name, cut in zip(models, short, strict=True)]
 
 
-def _draw_frontier(axes: Axes, rows: Sequence[Row], theme: Theme) -> None:
-    front = frontier(rows)
+def _draw_frontier(axes: Axes, rows: Sequence[Row], theme: Theme) -> list[tuple[float, float, float, float]]:
+    """The steps from each model worth taking to the next, and where they run (x0, x1, y0, y1)."""
+    front = sorted((row.latency_ms or 0.0, row.val or 0.0) for row in frontier(rows))
     if not front:
-        return
-    xs, ys = [row.latency_ms or 0.0 for row in front], [row.val or 0.0 for row in front]
+        return []
+    xs, ys = zip(*front, strict=True)
     axes.plot(xs, ys, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)), drawstyle="steps-post", zorder=2)
+    steps = list(pairwise(front))
+    flat = [(x0, x1, y0, y0) for (x0, y0), (x1, _) in steps]
+    return flat + [(x1, x1, min(y0, y1), max(y0, y1)) for (_, y0), (x1, y1) in steps]
 
 
 def place_labels(
