@@ -195,7 +195,7 @@ def test_facts_of_the_card(card):
 
 @pytest.mark.parametrize("card", MIXERS, ids=lambda c: c.key)
 def test_metanet_takes_every_mixer(card):
-    net = opsin.create("metanet_n", mixer=card.key, input_size=16, num_classes=3)
+    net = opsin.create("metanet_n", mixer=card.key, image_size=16, num_classes=3)
     net(torch.randn(2, 3, 16, 16)).square().sum().backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle, f"no gradient reaches {idle}"

@@ -57,7 +57,7 @@ def test_face_networks_put_tvconv_where_the_depthwise_filters_are():
 
 
 def test_a_face_network_wants_its_size():
-    net = opsin.create("shufflenet_v2_x0_5_tvconv", input_size=64).eval()
+    net = opsin.create("shufflenet_v2_x0_5_tvconv", image_size=64).eval()
     assert net(torch.randn(1, 3, 64, 64)).shape == (1, 512)
     with pytest.raises(BadInput, match="input_size"):
         net(torch.randn(1, 3, 96, 96))

@@ -57,19 +57,19 @@ class MetaNet(Backbone):
     Args:
         mixer: the name of an operator whose card says `mixer = true`; mixer_options go to its constructor.
         stem_stride: side of the non-overlapping patches, 4 as usual; 1 or 2 for small images.
-        input_size: (height, width) or one number, in pixels; used by mixers whose weights depend on the place only.
+        image_size: (height, width) or one number, in pixels; used by mixers whose weights depend on the place only.
     """
 
     def __init__(
         self, mixer: str = "depthwise", depths: Sequence[int] = (2, 2, 6, 2),
         dims: Sequence[int] = (64, 128, 320, 512), mlp_ratio: int = 4, stem_stride: int = 4,
-        input_size: int | tuple[int, int] = 224, num_classes: int = 1000, in_chans: int = 3, drop_path: float = 0.0,
+        image_size: int | tuple[int, int] = 224, num_classes: int = 1000, in_chans: int = 3, drop_path: float = 0.0,
         mixer_options: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.num_classes, self.num_features = num_classes, dims[-1]
         self.feature_info = [FeatureInfo(dim, stem_stride * 2**i) for i, dim in enumerate(dims)]
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.downsamples, self.stages = nn.ModuleList(), nn.ModuleList()
         strides = (stem_stride, 2, 2, 2)
         for i, rates in enumerate(drop_path_rates(drop_path, depths)):

@@ -23,7 +23,7 @@ STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3,
 """Expansion, channels, blocks and stride of the first block, per stage (table 2 of the paper)."""
 PYRAMID = (0, 1, 2, 4, 6)  # the last stage of each resolution
 
-FACE = dict(stem_stride=1, head_dim=512, embedding=512, input_size=96, num_classes=0)
+FACE = dict(stem_stride=1, head_dim=512, embedding=512, image_size=96, num_classes=0)
 TVCONV = dict(mixer="tvconv", mixer_options=dict(affinity_channels=4, hidden=64, inner_layers=3))
 FACE_WIDTHS = {"x0_1": 0.1, "x0_2": 0.2, "x0_3": 0.3, "x0_5": 0.5, "x1_0": 1.0}
 
@@ -104,16 +104,16 @@ class MobileNetV2(Backbone):
         mixer: an operator that takes dim, kernel_size, stride and bias; mixer_options go to it as well.
         stem_stride: 2, or 1 for small images.
         embedding: dimensions of the face head, 0 for plain pooling.
-        input_size: side of the image in pixels; used by operators that are bound to a size only.
+        image_size: side of the image in pixels; used by operators that are bound to a size only.
     """
 
     def __init__(
         self, width: float = 1.0, mixer: str = "depthwise", mixer_options: Mapping[str, Any] | None = None,
-        stem_stride: int = 2, head_dim: int = 1280, embedding: int = 0, input_size: int | tuple[int, int] = 224,
+        stem_stride: int = 2, head_dim: int = 1280, embedding: int = 0, image_size: int | tuple[int, int] = 224,
         num_classes: int = 1000, in_chans: int = 3, drop: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
         options = {"kernel_size": 3, "bias": False, **(mixer_options or {})}
         dim, last, head_dim = (round_channels(c * w) for c, w in ((32, width), (320, width), (head_dim, max(1, width))))
         self.conv_stem, self.bn1 = nn.Conv2d(in_chans, dim, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(dim)

@@ -28,7 +28,7 @@ WIDTHS = {
 }
 """Channels of the stem, the three stages and the last convolution (table 5 of the paper)."""
 
-FACE = dict(stem_stride=1, embedding=512, input_size=96, num_classes=0)
+FACE = dict(stem_stride=1, embedding=512, image_size=96, num_classes=0)
 TVCONV = dict(mixer="tvconv", mixer_options=dict(affinity_channels=4, hidden=64, inner_layers=3))
 
 VARIANTS = {
@@ -80,16 +80,16 @@ class ShuffleNetV2(Backbone):
         mixer: an operator that takes dim, kernel_size, stride and bias; mixer_options go to it as well.
         stem_stride: 2, or 1 for small images.
         embedding: dimensions of the face head, 0 for plain pooling.
-        input_size: side of the image in pixels; used by operators that are bound to a size only.
+        image_size: side of the image in pixels; used by operators that are bound to a size only.
     """
 
     def __init__(
         self, dims: tuple[int, ...] = WIDTHS["x1_0"], mixer: str = "depthwise",
         mixer_options: Mapping[str, Any] | None = None, stem_stride: int = 2, embedding: int = 0,
-        input_size: int | tuple[int, int] = 224, num_classes: int = 1000, in_chans: int = 3,
+        image_size: int | tuple[int, int] = 224, num_classes: int = 1000, in_chans: int = 3,
     ):  # fmt: skip
         super().__init__()
-        size = (input_size, input_size) if isinstance(input_size, int) else input_size
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
         height, width = ((-(-side // stem_stride) + 1) // 2 for side in size)
         self.conv1 = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], 3, stem_stride, 1, bias=False), nn.BatchNorm2d(dims[0]), nn.ReLU()

@@ -42,7 +42,7 @@ def build_network(spec: str, data: Data) -> nn.Module:
 def _asked(data: Data) -> dict[str, Any]:
     size = data.size and (data.size[0] if data.size[0] == data.size[1] else data.size)
     return {
-        "num_classes": len(data.classes), "in_chans": data.channels, "input_size": size, "image_size": size,
+        "num_classes": len(data.classes), "in_chans": data.channels, "image_size": size,
         "scale": data.scale if data.task == "restore" else None,
     }  # fmt: skip
 
