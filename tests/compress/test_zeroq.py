@@ -15,6 +15,7 @@ from opsin.compress.quantiser import (
     channel_range,
     codes_of,
     fake_quantise,
+    is_plain,
     pack_codes,
     unpack_codes,
 )  # fmt: skip
@@ -175,3 +176,19 @@ def test_impossible_budgets_and_unknown_sizes_are_named():
         opsin.create("zeroq")(network())
     with pytest.raises(BadInput, match="2, 4 or 8"):
         opsin.create("zeroq", choices=(3,))
+
+
+def test_every_layer_of_a_published_network_is_quantised():
+    """MobileNetV2's depthwise convolutions are a class of their own."""
+    result = opsin.create("zeroq_w8a8", images=2, steps=1, input_size=(3, 64, 64))(opsin.create("mobilenetv2_100"))
+    assert result.report.after["bits"] == 8
+    assert result.report.after["bytes"] < 0.28 * result.report.before["bytes"]
+
+
+def test_layers_that_compute_something_else_are_left_alone():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    assert is_plain(nn.Conv1d(2, 2, 3)) and not is_plain(Doubled(2, 2))
+    assert not is_plain(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))

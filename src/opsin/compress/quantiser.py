@@ -18,7 +18,14 @@ from torch.nn import functional as F
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d,
 }  # fmt: skip
-QUANTISABLE = (*CONVOLUTIONS, nn.Linear)
+QUANTISABLE: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a module computes as PyTorch's own convolution (zero padding) or linear layer does."""
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return False
+    return any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in QUANTISABLE)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -81,7 +88,7 @@ class QuantisedLayer(nn.Module):
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False) if isinstance(bias, Tensor) else None
         self.compute: Callable[..., Tensor] = F.linear
         if not isinstance(layer, nn.Linear):
-            function = CONVOLUTIONS[type(layer)]
+            function = next(f for kind, f in CONVOLUTIONS.items() if isinstance(layer, kind))
             geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
             self.compute = partial(function, **geometry)
 

@@ -15,7 +15,7 @@ from opsin.compress import Budget, Compressed, Report
 from opsin.compress.bit_allocation import best_within, pareto_frontier, sensitivities
 from opsin.compress.distilled_data import distil
 from opsin.compress.measured import accuracy, measured
-from opsin.compress.quantiser import QUANTISABLE, QuantisedActivation, QuantisedLayer, weight_of
+from opsin.compress.quantiser import QuantisedActivation, QuantisedLayer, is_plain, weight_of
 from opsin.data import Data
 from opsin.errors import BadInput
 
@@ -93,8 +93,7 @@ class ZeroQ:
 
 def quantisable(model: nn.Module) -> dict[str, nn.Module]:
     """Convolutions (with zero padding) and linear layers by name, in order."""
-    found = {n: m for n, m in model.named_modules() if type(m) in QUANTISABLE}
-    return {n: m for n, m in found.items() if getattr(m, "padding_mode", "zeros") == "zeros"}
+    return {name: module for name, module in model.named_modules() if is_plain(module)}
 
 
 def weight_limit(budget: Budget, layers: dict[str, nn.Module], before: dict[str, float]) -> float | None:

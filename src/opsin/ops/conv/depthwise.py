@@ -1,7 +1,6 @@
 """Depthwise convolution: one k x k filter per channel, no mixing of channels. The yardstick of the room."""
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -10,6 +9,3 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, dim: int, kernel_size: int = 7, dilation: int = 1, bias: bool = True, stride: int = 1):
         padding = dilation * (kernel_size // 2)
         super().__init__(dim, dim, kernel_size, stride, padding, dilation=dilation, groups=dim, bias=bias)
-
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
-        return super().forward(x)
