@@ -1,0 +1,1 @@
+"""Long convolutions, transforms and wavelets."""
