@@ -18,4 +18,4 @@ def require_kernel(x: Tensor) -> None:
     if find_spec("triton") is None:
         raise BadInput('backend="triton" needs the package triton; install it, or take backend="auto"')
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BadInput('backend="triton" needs a CUDA tensor, or TRITON_INTERPRET=1 set before the start; "auto" runs here')
+        raise BadInput('backend="triton" needs a CUDA tensor (or TRITON_INTERPRET=1 set from the start)')
