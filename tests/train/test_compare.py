@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import opsin
+from opsin.catalog import list_cards
 from opsin.cli import run as opsin_command
 from opsin.data import open as open_data
 from opsin.deploy.export import ExportFailed
@@ -95,6 +96,30 @@ def test_brackets_that_do_not_close_are_told(text):
     ],
 )
 def test_bad_models_are_told_before_anything_is_read(models, error, sentence):
+    with pytest.raises(error, match=sentence):
+        check_models(models)
+
+
+def test_a_star_stands_for_every_operator_that_fits():
+    mixers = [card.key for card in list_cards("operator") if card.mixer]
+    named = check_models("resnet18, metanet_n(mixer=*, mlp_ratio=1)")
+    assert named == ("resnet18", *(f"metanet_n(mixer={key}, mlp_ratio=1)" for key in mixers))
+    assert "depthwise" in mixers and len(mixers) > 5
+    norms = [card.key for card in list_cards("operator") if card.facts.get("norm")]
+    both = check_models("metanet_n(norm=*,mixer=*)") if norms else ()
+    assert len(both) == len(norms) * len(mixers)
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "sentence"),
+    [
+        ("metanet_n(mlp_ratio=*)", BadInput, "every mlp_ratio.*mixer=\\*"),
+        ("resnet18(mixer=*)", BadInput, "no option=\\*"),
+        ("metanet_q(mixer=*)", UnknownName, "metanet_q"),
+        ("metanet_n(mixer=*),metanet_n(mixer=depthwise)", BadInput, "twice"),
+    ],
+)
+def test_a_star_elsewhere_is_told(models, error, sentence):
     with pytest.raises(error, match=sentence):
         check_models(models)
 

@@ -4,9 +4,9 @@ Reading the catalogue imports no torch; creating a system imports its own file a
 """
 
 from opsin.catalog.cards import Card, Variant, all_cards, card_of, find, list_cards, show, verdict_of
-from opsin.catalog.create import create, entry, parse_spec
+from opsin.catalog.create import create, entry, expand, parse_spec
 
 __all__ = [
-    "Card", "Variant", "all_cards", "card_of", "create", "entry", "find", "list_cards", "parse_spec", "show",
+    "Card", "Variant", "all_cards", "card_of", "create", "entry", "expand", "find", "list_cards", "parse_spec", "show",
     "verdict_of",
 ]  # fmt: skip

@@ -57,6 +57,10 @@ class Card:
         """True where the system is a plain reference that other systems are compared with."""
         return not self.paper
 
+    def role(self, name: str) -> bool:
+        """Whether the card says that the operator can be this part of a network: `mixer`, or a fact such as `norm`."""
+        return self.mixer if name == "mixer" else bool(self.facts.get(name))
+
     @property
     def names(self) -> tuple[str, ...]:
         return (self.key, *(v for v in self.variants if v != self.key))

@@ -5,9 +5,10 @@ import re
 from importlib import import_module
 from typing import Any
 
-from opsin.catalog.cards import Card, find
+from opsin.catalog.cards import Card, card_of, find, list_cards
 from opsin.errors import BadInput
 
+WILDCARD = re.compile(r"(?P<option>\w+)\s*=\s*\*\s*(?=[,)])")
 SPEC = re.compile(r"^(?P<name>[\w:./-]+)\s*(?:\((?P<options>.*)\))?$", re.DOTALL)
 
 
@@ -28,6 +29,26 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError):
         pass
     raise BadInput(f"the options of '{spec}' do not read as option=value, option=value")
+
+
+def expand(spec: str) -> list[str]:
+    """What `"metanet_t(mixer=*)"` stands for: one spec for every operator that the option takes.
+
+    A network's card says which options these are, and what an operator's card must say to be taken (`mixer`, `norm`).
+    A spec without a star stands for itself. Raises UnknownName, or BadInput where the option takes no operators.
+    """
+    star = WILDCARD.search(spec)
+    if not star:
+        return [spec]
+    match = SPEC.match(spec.strip())
+    name = match["name"] if match else spec
+    roles = card_of(name).facts.get("operators", {})
+    if star["option"] not in roles:
+        known = f"only {' and '.join(f'{option}=*' for option in roles)}" if roles else "no option=*"
+        raise BadInput(f"'{spec}' asks for every {star['option']}, but '{name}' takes {known}")
+    choices = [card.key for card in list_cards("operator") if card.role(roles[star["option"]])]
+    before, after = spec[: star.start()], spec[star.end() :]
+    return [one for choice in choices for one in expand(f"{before}{star['option']}={choice}{after}")]
 
 
 def _value(node: ast.expr) -> Any:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from opsin.catalog import find, parse_spec
+from opsin.catalog import expand, find, parse_spec
 from opsin.errors import BadInput
 
 
@@ -26,8 +26,9 @@ def split_models(text: str) -> list[str]:
 
 
 def check_models(models: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of models that exist, each once. Raises BadInput, UnknownName."""
-    names = split_models(models) if isinstance(models, str) else [name.strip() for name in models]
+    """The names of models that exist, each once; `option=*` stands for several. Raises BadInput, UnknownName."""
+    given = split_models(models) if isinstance(models, str) else [name.strip() for name in models]
+    names = [name for spec in given for name in expand(spec)]
     if not names:
         raise BadInput("--models names no model; write for example --models convnext_tiny,swin_tiny")
     seen: dict[Any, str] = {}
