@@ -219,6 +219,8 @@ def test_numbers_for_people():
     assert with_spread(0.9812, 0.0031, "accuracy") == "98.1 ± 0.3 %"
     assert with_spread(31.234, 0.05, "psnr") == "31.23 ± 0.05" and with_spread(0.5, None, "accuracy") == "50.0 %"
     long = ["metanet_n(mixer=depthwise,mlp_ratio=1,x=1)", "metanet_n(mixer=depthwise,mlp_ratio=2)"]
+    assert short_names(["m(mixer=a)", "m(mixer=b)"]) == ["a", "b"]
+    assert short_names(["m(mixer=a)", "m(k=b)"]) == ["m(mixer=a)", "m(k=b)"] and short_names(["m(k=a)"]) == ["m(k=a)"]
     assert short_names(["a", *long]) == ["a", *long]  # cut, they would be the same
     assert short_names(["a", long[0]]) == ["a", "metanet_n(mixer=depthwise,mlp_ra…)"]
 

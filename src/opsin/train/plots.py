@@ -30,6 +30,9 @@ SERIES = (
 )  # fmt: skip
 
 
+ONE_OPTION = re.compile(r"^(?P<form>[\w:.-]+\(\w+)=(?P<value>[^,()=]+)\)$")  # metanet_xt(mixer=tvconv)
+
+
 @dataclass(frozen=True)
 class Theme:
     """Colours of ink, secondary ink, lines and paper."""
@@ -145,7 +148,13 @@ def _pareto(rows: Sequence[Row], colour: Mapping[str, str], score: str, theme: T
 
 
 def short_names(models: Sequence[str], most: int = 34) -> list[str]:
-    """Names that fit into a drawing; those that would no longer differ stay whole."""
+    """Names that fit into a drawing: what differs alone, where all are one network with one option; or cut.
+
+    Those that would no longer differ stay whole.
+    """
+    matches = [ONE_OPTION.match(name) for name in models]
+    if len({match and match["form"] for match in matches}) == 1 and len(models) > 1 and matches[0]:
+        return [match["value"] for match in matches if match]
     short = [name if len(name) <= most else name[: most - 2] + "…)" for name in models]
     return [name if short.count(cut) > 1 else cut for name, cut in zip(models, short, strict=True)]
 

@@ -1,0 +1,77 @@
+"""Which mixer is best, with everything else fixed? One small MetaNet for every mixer of the catalogue on CIFAR-10.
+
+    python benchmarks/mixers.py [--folder runs/mixers] [--jobs 2]
+
+The same as `opsin compare cifar10 --models "metanet_xt(mixer=*)" --limit 10000 --epochs 6 --seeds 3`, which goes on
+where it was interrupted, followed by the table and the plot for the documentation.
+"""
+
+import argparse
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import opsin
+from opsin.train.comparison import Comparison
+from opsin.train.plots import short_names
+from opsin.train.table import Row, frontier
+
+HOUSE = Path(__file__).parent.parent
+RESULTS = HOUSE / "benchmarks" / "results" / "mixers.json"
+PLOT = HOUSE / "docs" / "assets" / "mixers.svg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/mixers"))
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    comparison = opsin.compare(
+        "cifar10", "metanet_xt(mixer=*)", epochs=6, seeds=3, data_options={"limit": 10000}, out=options.folder,
+        jobs=options.jobs,
+    )  # fmt: skip
+    RESULTS.write_text(json.dumps(record(comparison), indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(table(comparison.ranking))
+    shutil.copy(comparison.folder / "pareto.svg", PLOT)
+
+
+def record(comparison: Comparison) -> dict[str, object]:
+    """Settings, circumstances and the ranking, as plain data."""
+    rows = [{**vars(row), "behind": row.behind and vars(row.behind)} for row in comparison.ranking]
+    seconds = comparison.query("SELECT sum(seconds) AS s FROM trials")[0]["s"]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "circumstances": comparison.circumstances,
+        "settings": comparison.settings.fixed, "seeds": comparison.settings.seeds,
+        "seconds_of_training": round(seconds), "frontier": [row.model for row in frontier(comparison.ranking)],
+        "scores": comparison.query("SELECT model, seed, val, test, steps, seconds FROM scores ORDER BY model, seed"),
+        "ranking": rows,
+    }  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """The ranking as Markdown; what is not told apart from the best by the seeds is marked."""
+    lines = [
+        "| mixer | val. accuracy, % | test, % | behind the best, points (95 %) | parameters | MACs, M | ms | MiB |",
+        "|" + " --- |" * 8,
+    ]
+    for name, row in zip(short_names([row.model for row in rows]), rows, strict=True):
+        if row.val is None or row.test is None:
+            lines.append(f"| {name} | failed" + " |" * 7)
+            continue
+        gap = (
+            ""
+            if row.behind is None
+            else f"{100 * row.behind.mean:.1f} ({100 * row.behind.low:.1f} to {100 * row.behind.high:.1f})"
+        )
+        cells = [
+            f"`{name}`" + " =" * row.tied, f"{100 * row.val:.1f} ± {100 * (row.val_sd or 0):.1f}",
+            f"{100 * row.test:.1f} ± {100 * (row.test_sd or 0):.1f}", gap, f"{(row.params or 0) / 1e3:.0f} k",
+            f"{(row.macs or 0) / 1e6:.1f}", f"{row.latency_ms or 0:.1f}", f"{(row.memory or 0) / 2**20:.1f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

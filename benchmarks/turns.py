@@ -1,0 +1,62 @@
+"""Candidates take turns in one process, on the same tensors; what counts is the ratio of the medians."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 20.0) -> dict[str, float]:
+    """Median milliseconds of each, after one call of each that does not count.
+
+    Rounds stop, but not before the third, once all of them together took longer than `seconds`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                times[name].append(1e3 * (time.perf_counter() - start))
+        if turn >= 3 and time.perf_counter() - begin > seconds:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def forward(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """One call without gradients."""
+
+    def call() -> None:
+        with torch.no_grad():
+            run(x)
+
+    return call
+
+
+def training_step(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """One call and its backward pass to the input and whatever else requires a gradient."""
+    x = x.detach().requires_grad_()
+
+    def call() -> None:
+        out = run(x)
+        out.backward(torch.ones_like(out))
+
+    return call
+
+
+def peak_flops(dtype: torch.dtype, side: int = 1024) -> float:
+    """Multiply-adds per second of a large square matrix product: what this machine can compute."""
+    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+    return side**3 / (1e-3 * medians({"mm": lambda: a @ b}, 9)["mm"])
+
+
+def bandwidth(megabytes: int = 128) -> float:
+    """Bytes per second, read and written, of a copy too large for the caches."""
+    a = torch.randn(megabytes * 2**18)
+    b = torch.empty_like(a)
+    return 2 * 4 * a.numel() / (1e-3 * medians({"copy": lambda: b.copy_(a)}, 9)["copy"])
