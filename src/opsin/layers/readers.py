@@ -1,0 +1,73 @@
+"""Who reads whose output: pairs of modules of which the second alone reads what the first gives.
+
+The answer is read from the forward itself, traced by `torch.fx`. A whole network is traced in one go where its forward
+allows that; where it does not (control flow on values), each module's own forward is looked at, one level deep, and
+then everything below it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx, nn
+
+Test = Callable[[nn.Module], bool]
+
+
+class _Tracer(fx.Tracer):
+    """Goes into modules down to those without children, and stops before where `stop` says so."""
+
+    def __init__(self, stop: Test):
+        super().__init__()
+        self.stop = stop
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.stop(m) or next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
+
+
+def sole_readers(model: nn.Module, first: Test, second: Test) -> list[tuple[str, str]]:
+    """Names of modules (a, b): `first(a)`, `second(b)`, and b is the only reader of what a gives.
+
+    Each of the two stands at one place of the network and is called once.
+    """
+    if not any(first(m) for m in model.modules()):
+        return []
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+
+    def fits(name: str, test: Test) -> bool:
+        module = model.get_submodule(name)
+        return test(module) and places[id(module)] == 1
+
+    pairs = dict.fromkeys(_pairs(model, "", lambda m: first(m) or second(m)))
+    return [(a, b) for a, b in pairs if fits(a, first) and fits(b, second)]
+
+
+def _pairs(module: nn.Module, place: str, stop: Test) -> Iterator[tuple[str, str]]:
+    """All neighbours in the forward of `module`, under their names in the whole network."""
+    whole = _graph(module, stop)
+    graph = whole or _graph(module, lambda m: True)
+    if graph is not None:
+        yield from ((place + a, place + b) for a, b in _neighbours(graph))
+    if whole is None:
+        for name, child in module.named_children():
+            yield from _pairs(child, f"{place}{name}.", stop)
+
+
+def _graph(module: nn.Module, stop: Test) -> fx.Graph | None:
+    """The traced forward, or None where it cannot be traced."""
+    try:
+        return _Tracer(stop).trace(module)
+    except Exception:  # `fx` raises whatever the forward does on a proxy
+        return None
+
+
+def _neighbours(graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    calls: list[Any] = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    for reader in calls:
+        given = [*reader.args, *reader.kwargs.values()]
+        source = given[0] if len(given) == 1 else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        if times[source.target] == times[reader.target] == 1:
+            yield str(source.target), str(reader.target)
