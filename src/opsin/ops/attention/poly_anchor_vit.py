@@ -1,0 +1,88 @@
+"""Adaptive polyphase anchoring: let the image choose where the grid of patches or windows begins.
+
+Ding et al. 2023, "Reviving Shift Equivariance in Vision Transformers", arXiv:2306.07470. A stride or a window of s x s
+cuts the map on a fixed grid, so that an image moved by one pixel is cut elsewhere. Anchoring moves the map circularly
+such that the strongest of its s^2 polyphase components comes first (section 3.2, algorithm 1):
+
+    P_s(x) = roll(x, -(p_y, p_x)),   (p_y, p_x) = argmax over phases of || x[p_y::s, p_x::s] ||_2
+
+Then P_s(roll(x, t)) = roll(P_s(x), s m) for some integers m: whatever commutes with shifts by multiples of s, as a
+convolution of stride s, attention in s x s windows, or s x s keys that become one, commutes with all shifts, and what
+is pooled at the end ignores them. Nothing is learned, and no gradient passes through the argmax.
+
+The paper leaves features in the anchored frame, and so do the networks in `opsin.backbones.polyvit` and `polytwins`.
+The operator here is for blocks with a shortcut, and moves its result back: op(roll(x, t)) = roll(op(x), t) for all t.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from opsin.layers.windows import pad_to_windows, partition
+from opsin.ops.attention.window_attention import WindowAttention
+
+
+@torch.no_grad()
+def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Row and column of the strongest polyphase component of every map; 0 along a side that the stride does not divide.
+
+    Norms are taken in float32 at least. Equal norms (a constant image) have no answer: then it is the first.
+    """
+    rows, columns = (s if side % s == 0 else 1 for side, s in zip(x.shape[2:], stride))
+    energy = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
+    energy = energy.unflatten(2, (-1, columns)).sum(2).unflatten(1, (-1, rows)).sum(1)
+    best = energy.flatten(1).argmax(1)
+    return best // columns, best % columns
+
+
+def rolled(size: tuple[int, int], by: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]) -> Int[Tensor, "n h w"]:
+    """The flat index that comes to every place when a plane of `size` is moved up and left by `by`, circularly."""
+    rows, columns = ((torch.arange(s, device=b.device) + b[:, None]) % s for s, b in zip(size, by, strict=True))
+    return rows[:, :, None] * size[1] + columns[:, None, :]
+
+
+def taken(tokens: Float[Tensor, "n x c"], index: Int[Tensor, "n t"]) -> Float[Tensor, "n t c"]:
+    """Every sample's tokens in an order of its own."""
+    start = torch.arange(tokens.shape[0], device=tokens.device)[:, None] * tokens.shape[1]
+    return tokens.flatten(0, 1).index_select(0, (index + start).flatten()).unflatten(0, index.shape)
+
+
+def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
+    """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is."""
+    stride = (stride, stride) if isinstance(stride, int) else stride
+    index = rolled((x.shape[2], x.shape[3]), phases(x, stride)).flatten(1)
+    if x.stride(1) == 1:  # channels last: whole tokens move
+        return taken(x.permute(0, 2, 3, 1).flatten(1, 2), index).transpose(1, 2).unflatten(2, x.shape[2:])
+    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).unflatten(2, x.shape[2:])
+
+
+class PolyAnchorAttention(WindowAttention):
+    """(N, C, H, W) -> the same: attention in windows that begin where the map says.
+
+    Commutes with every circular shift along a side that `window_size` divides; along another the windows are fixed and
+    filled up with zeros. Choosing the windows costs nothing beyond cutting them: both are one look-up.
+
+    Args and errors: as of WindowAttention, whose parameters it has.
+    """
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        down, right = phases(x, self.window)
+        padded = pad_to_windows(x.permute(0, 2, 3, 1), self.window)
+        size, (height, width) = (padded.shape[1], padded.shape[2]), x.shape[2:]
+        plane = torch.arange(size[0] * size[1], device=x.device)
+        cut = partition(plane.view(1, *size, 1), self.window).flatten()
+        windows = taken(padded.flatten(1, 2), rolled(size, (down, right)).flatten(1)[:, cut])
+        mixed = self.attend(windows.unflatten(1, (-1, self.window[0] ** 2))).flatten(1, 2)
+        place = torch.empty_like(cut).scatter_(0, cut, plane)[rolled(size, (-down, -right))]
+        kept = taken(mixed, place[:, :height, :width].flatten(1))
+        return self.proj(kept).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def reference(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Sample by sample: all components and their norms, roll, attention in fixed windows, roll back."""
+        return torch.cat([self._anchored(sample[None]) for sample in x])
+
+    def _anchored(self, x: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 c h w"]:
+        rows, columns = (s if side % s == 0 else 1 for side, s in zip(x.shape[2:], self.window))
+        norms = {(i, j): x[..., i::rows, j::columns].detach().norm() for i in range(rows) for j in range(columns)}
+        down, right = max(norms, key=lambda place: float(norms[place]))
+        return super().reference(x.roll((-down, -right), (2, 3))).roll((down, right), (2, 3))
