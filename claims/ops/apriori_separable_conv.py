@@ -116,7 +116,7 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.compare("narrow dense roll-out error less rank 1's", errors["dense, narrow"], ours, 0.0)
     notes = (
         f"widths {WIDTH} (narrow {NARROW}), three levels; {STEPS} steps of Adam (2e-3, one cycle), {BATCH} samples of "
-        "one snapshot each; roll-outs of ten snapshots, four solver steps apart, from the network's own results. The solver "
-        "is of finite differences, the paper's of finite elements"
+        "one snapshot each; roll-outs of ten snapshots, four solver steps apart, from the network's own results. The "
+        "solver is of finite differences, the paper's of finite elements"
     )
     return experiment.evidence(budget, notes)
