@@ -1,0 +1,243 @@
+"""FlashFFTConv: long convolutions that run as small matrix products, exactly.
+
+Fu et al. 2023, "FlashFFTConv: Efficient Convolutions for Long Sequences with Tensor Cores", arXiv:2311.05908. An FFT
+convolution spends its time on memory traffic and leaves matrix units idle. Written in Monarch form (see `monarch.py`)
+the transforms are products with small matrices, the spectra need no sorting, and transform, product and inverse fit
+into one kernel, gates included:
+
+    y = gate_out * (k conv (gate_in * u))
+
+Zeros are not computed with: padding is implicit, a partial convolution keeps the first taps, and a frequency-sparse one
+multiplies with corners of the matrices only (section 3.3).
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opsin.errors import BadInput
+from opsin.ops.kernels import kernel_wanted, require_kernel
+from opsin.ops.spectral.fourier import (
+    Engine,
+    Fourier,
+    Gates,
+    Kept,
+    computing,
+    fast_length,
+    filtered,
+    gated,
+    long_conv,
+    may_keep,
+    needed_length,
+    reference_conv,
+    spectrum,
+)  # fmt: skip
+from opsin.ops.spectral.monarch import Pair, best_factors, complex_product, conjugate, inverse, permutation, transform
+from opsin.ops.spectral.sequence import RasterOperator
+
+Backend = Literal["auto", "fft", "monarch", "triton"]
+
+
+class Monarch:
+    """The engine of the decomposition; `factors` None lets the cost model choose."""
+
+    def __init__(self, factors: tuple[int, ...] | None = None):
+        self.factors = factors
+
+    def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
+        y_f = complex_product(self._spectrum(gated(u, gates[0])[:, None], n), self._spectrum(k, n))
+        y = self._back(y_f, n, start + u.shape[-1])[..., start:]
+        return gated(y, gates[1], channels=True).to(u.dtype)
+
+    def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+        grad_f = self._spectrum(F.pad(grad, (start, 0)), n)
+        u_f, k_f = self._spectrum(u[:, None], n), self._spectrum(k, n)
+        into_u, into_k = complex_product(grad_f, conjugate(k_f)), complex_product(grad_f, conjugate(u_f))
+        grad_u = self._back((into_u[0].sum(1), into_u[1].sum(1)), n, u.shape[-1])
+        return grad_u, self._back((into_k[0].sum(0), into_k[1].sum(0)), n, k.shape[-1])
+
+    def _spectrum(self, x: Tensor, n: int) -> Pair:
+        return transform((x.to(computing(x.dtype)), None), self._factors(n))
+
+    def _back(self, x: Pair, n: int, length: int) -> Tensor:
+        return inverse(x, self._factors(n), length)[0]
+
+    def _factors(self, n: int) -> tuple[int, ...]:
+        return self.factors or best_factors(n)
+
+
+def fft_conv(
+    u: Float[Tensor, "b h l"], k: Float[Tensor, "h t"], gates: Gates = (None, None), causal: bool = True,
+    backend: Backend = "auto", factors: tuple[int, ...] | None = None, start: int = 0,
+) -> Float[Tensor, "b h l"]:  # fmt: skip
+    """gate_out * (k conv (gate_in * u)), one kernel per feature.
+
+    causal: a linear convolution, as if u were padded with zeros; else circular, of the size of u.
+    gates: (gate_in, gate_out), each like u or None.
+    backend: "fft" (torch.fft), "monarch" (matrix products), "triton" (those in one CUDA kernel), or "auto": the Triton
+        kernel on CUDA tensors where it has the size, else "fft".
+    factors: of the Monarch form, whose product is the transform's size; the cost model chooses if left out.
+    start: taps with negative lags that k begins with; L - 1 for a kernel of 2L - 1 that looks both ways.
+    Backward keeps the arguments only and computes the spectra again. Raises BadInput: shapes that do not fit, a kernel
+    longer than a circular convolution, an unknown backend, or one that cannot run here.
+    """
+    _check(u, k, gates, causal)
+    needed = needed_length(u.shape[-1], k.shape[-1], start) if causal else u.shape[-1]
+    engine, n = _engine(u, needed, causal, backend, factors)
+    return long_conv(u, k[None], start, n, gates, engine)[:, 0]
+
+
+def _engine(
+    u: Tensor, needed: int, causal: bool, backend: Backend, factors: tuple[int, ...] | None
+) -> tuple[Engine, int]:  # fmt: skip
+    """What computes, and the size of the transform: free above `needed` for padded convolutions."""
+    power = 1 << max(4, (needed - 1).bit_length())
+    if backend in ("auto", "triton"):
+        fits = needed == power or causal
+        if backend == "triton":
+            require_kernel(u)
+        if fits and (backend == "triton" or kernel_wanted(u)):
+            from opsin.ops.spectral.flashfftconv_triton import FusedMonarch, fused_factors
+
+            if (chosen := factors or fused_factors(power)) is not None:
+                return FusedMonarch(chosen), prod(chosen)
+        if backend == "triton":
+            raise BadInput(f"there is no fused kernel for a transform of size {needed}; take backend='fft'")
+    if backend == "monarch":
+        n = prod(factors) if factors else power if causal else needed
+        if n < needed or (n > needed and not causal):
+            raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
+        return Monarch(factors), n
+    if backend not in ("auto", "fft"):
+        raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
+    return Fourier(), fast_length(needed) if causal else needed
+
+
+def _check(u: Tensor, k: Tensor, gates: Gates, causal: bool) -> None:
+    if u.ndim != 3 or k.ndim != 2 or u.shape[1] != k.shape[0]:
+        raise BadInput(f"fft_conv takes u (batch, features, length) and k (features, taps), not {tuple(u.shape)} and "
+                       f"{tuple(k.shape)}")  # fmt: skip
+    if not causal and k.shape[1] > u.shape[2]:
+        raise BadInput(f"a circular convolution of {u.shape[2]} positions has at most as many taps, not {k.shape[1]}")
+    for gate in gates:
+        if gate is not None and gate.shape != u.shape:
+            raise BadInput(f"a gate has the shape of the input, {tuple(u.shape)}, not {tuple(gate.shape)}")
+
+
+def partial_conv(
+    u: Float[Tensor, "b h l"], k: Float[Tensor, "h t"], taps: int, backend: Backend = "auto"
+) -> Float[Tensor, "b h l"]:  # fmt: skip
+    """The causal convolution with the first `taps` taps only; inputs may be longer than the kernel (section 3.3).
+
+    An input that is several times as long is cut into pieces with overlaps (overlap-save), so that transforms are of
+    the kernel's size and memory does not grow with the input's.
+    """
+    k, length = k[:, :taps], u.shape[-1]
+    size = 4 * k.shape[-1]
+    if length <= 2 * size:
+        return fft_conv(u, k, backend=backend)
+    history, hop = k.shape[-1] - 1, size - k.shape[-1] + 1
+    count = -(-length // hop)
+    pieces = F.pad(u, (history, count * hop - length)).unfold(-1, size, hop)
+    y = fft_conv(pieces.transpose(1, 2).flatten(0, 1), k, causal=False, backend=backend)[..., history:]
+    return y.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)[..., :length]
+
+
+def frequency_sparse_conv(
+    u: Float[Tensor, "b h l"], k: Float[Tensor, "h t"], keep: Sequence[int], factors: Sequence[int]
+) -> Float[Tensor, "b h l"]:  # fmt: skip
+    """The causal convolution with a kernel whose spectrum is zero outside a corner of the Monarch index (section 3.3).
+
+    keep: how many of each factor's frequencies stay, lowest first; only these rows of its matrix are multiplied. A real
+    signal has every frequency twice, as k and N - k: where one of the two is kept, both count.
+    factors: sizes whose product is at least the padded length. Raises BadInput where they do not fit.
+    """
+    factors, keep = tuple(factors), tuple(keep)
+    n = prod(factors)
+    if n < u.shape[-1] + k.shape[-1] - 1 or len(keep) != len(factors) or any(a > b for a, b in zip(keep, factors)):
+        raise BadInput(f"keep={keep} of factors={factors} does not fit a convolution of {u.shape[-1]} positions")
+    weight = (1 + ~kept_frequencies(factors, keep)[1]).to(u.device)
+    u_f, k_f = (transform((x.to(computing(x.dtype)), None), factors, keep) for x in (u, k))
+    y_f = complex_product(u_f, (k_f[0] * weight, k_f[1] * weight))
+    return inverse(y_f, factors, u.shape[-1], keep)[0].to(u.dtype)
+
+
+def kept_frequencies(factors: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The frequencies in the corner in permuted order, and of which of them the mirror image N - k is there too."""
+    order = permutation(factors, keep)
+    return order, torch.isin(-order % prod(factors), order)
+
+
+class ShortConv1d(nn.Module):
+    """A depthwise convolution of few taps over (B, H, L), odd size, same length: what precedes long ones in Hyena."""
+
+    def __init__(self, dim: int, kernel_size: int = 3, bias: bool = True):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise BadInput(f"kernel_size={kernel_size} is even; a short convolution has a middle, so take an odd one")
+        self.weight = nn.Parameter(torch.randn(dim, kernel_size) / kernel_size**0.5)
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
+        taps = self.weight.shape[1]
+        return F.conv1d(u, self.weight[:, None], self.bias, padding=taps // 2, groups=len(self.weight))
+
+
+class GlobalFilter1d(nn.Module):
+    """(B, H, L) -> the same: one learned tap per feature and lag, -(L - 1) to L - 1; gated on request.
+
+    gated: two linear maps of the input multiply it before and after, as in H3 and Hyena.
+    """
+
+    kernel_parameters = ("weight",)
+    no_weight_decay = ("weight",)
+
+    def __init__(self, dim: int, length: int, gated: bool = False, backend: Backend = "auto"):
+        super().__init__()
+        self.length, self.backend = length, backend
+        self.weight = nn.Parameter(torch.randn(dim, 2 * length - 1) * length**-0.5)
+        self.gates = nn.Conv1d(dim, 2 * dim, 1) if gated else None
+        self._kept = Kept()
+
+    def forward(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
+        gates, start = self._gates(u), self.length - 1
+        if self.backend not in ("auto", "fft") or kernel_wanted(u) or not may_keep(self, u):
+            return fft_conv(u, self.weight, gates, backend=self.backend, start=start)
+        n = fast_length(2 * self.length - 1)
+        k_f = self._kept(n, [self.weight], lambda: spectrum(self.weight[None], n))
+        return gated(filtered(gated(u, gates[0]), k_f, start, n)[:, 0], gates[1])
+
+    def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
+        """The same with the plain composition of FFTs."""
+        gate_in, gate_out = self._gates(u)
+        return gated(reference_conv(gated(u, gate_in), self.weight[None], self.length - 1)[:, 0], gate_out)
+
+    def _gates(self, u: Tensor) -> Gates:
+        return (None, None) if self.gates is None else self.gates(u).chunk(2, 1)
+
+
+class FlashFFTConv(RasterOperator):
+    """A kernel for every lag in the map, row by row: (N, C, H, W) -> the same, nothing wraps around.
+
+    Args:
+        input_size: (h, w) of the map. gated: multiplicative gates before and after, linear in the input.
+        backend: see `fft_conv`.
+    """
+
+    def __init__(
+        self, dim: int, input_size: tuple[int, int], gated: bool = False, backend: Backend = "auto"
+    ):  # fmt: skip
+        super().__init__(GlobalFilter1d(dim, input_size[0] * input_size[1], gated, backend), input_size)
+
+
+VARIANTS = {
+    "gated_conv_h100_1k": dict(dim=768, input_size=(1, 1024), gated=True),
+    "gated_conv_h100_4k": dict(dim=768, input_size=(1, 4096), gated=True),
+    "gated_conv_h100_32k": dict(dim=768, input_size=(1, 32768), gated=True),
+    "gated_conv_h100_1m": dict(dim=768, input_size=(1, 2**20), gated=True),
+}

@@ -1,0 +1,180 @@
+"""Long convolutions along the last axis through FFTs: what the operators with kernels as long as their input share.
+
+A kernel of K taps whose first one has the lag -`start` acts on L positions as
+
+    y[i] = sum_t k[t] u[i + start - t],    0 <= i < L
+
+which is the part [start, start + L) of a circular convolution of any size n that keeps wrapped terms out of it. Causal
+kernels have start = 0; one that looks both ways has 2L - 1 taps and start = L - 1. The smallest n is seldom a good one
+(a prime takes eight times as long), so the next product of 2, 3, 5 and 7 is taken. Spectra are complex and larger than
+the input; backward computes them again instead of keeping them, as FlashFFTConv (arXiv:2311.05908, section 3.1) does.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Gates = tuple[Tensor | None, Tensor | None]
+
+
+@cache
+def fast_length(least: int) -> int:
+    """The smallest even product of 2, 3, 5 and 7 that is at least `least`: a size that FFTs are quick at."""
+    size = max(2, least + least % 2)
+    while not _smooth(size):
+        size += 2
+    return size
+
+
+def _smooth(number: int) -> bool:
+    for prime in (2, 3, 5, 7):
+        while number % prime == 0:
+            number //= prime
+    return number == 1
+
+
+def needed_length(length: int, taps: int, start: int) -> int:
+    """The least size of a circular convolution whose part [start, start + length) has no wrapped terms."""
+    return max(length + taps - 1 - start, start + length)
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that spectra are computed in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def spectrum(k: Float[Tensor, "*b t"], n: int) -> Complex[Tensor, "*b f"]:
+    """The n / 2 + 1 frequencies of a real signal padded to n."""
+    return torch.fft.rfft(k.to(computing(k.dtype)), n)
+
+
+def filtered(
+    u: Float[Tensor, "b h l"], k_f: Complex[Tensor, "c h f"], start: int, n: int
+) -> Float[Tensor, "b c h l"]:  # fmt: skip
+    """The part [start, start + l) of the circular convolution with a kernel given by its spectrum."""
+    u_f = spectrum(u, n)[:, None]
+    y_f = u_f * k_f if len(k_f) > 1 or torch.compiler.is_compiling() or u_f.requires_grad else u_f.mul_(k_f)
+    return torch.fft.irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
+
+
+def reference_conv(
+    u: Float[Tensor, "b h l"], k: Float[Tensor, "c h t"], start: int = 0
+) -> Float[Tensor, "b c h l"]:  # fmt: skip
+    """The usual composition, to compare with: both padded to 2l, multiplied, transformed back, cut; t < 2l."""
+    n = 2 * u.shape[-1]
+    y_f = torch.fft.rfft(u.float(), n)[:, None] * torch.fft.rfft(k.float(), n)
+    return torch.fft.irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
+
+
+class Engine(Protocol):
+    """A way to compute circular convolutions of size n, and their gradients, from the signals themselves."""
+
+    def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates) -> Tensor:
+        """(b, h, l) with (c, h, t) to (b, c, h, l), gated before and after by (b, h, l)."""
+        ...
+
+    def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """The gradients of the ungated convolution with respect to u and k."""
+        ...
+
+
+class Fourier:
+    """The engine of torch.fft."""
+
+    def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
+        return gated(filtered(gated(u, gates[0]), spectrum(k, n), start, n), gates[1], channels=True)
+
+    def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+        length = u.shape[-1]
+        grad_f = spectrum(F.pad(grad, (start, n - start - length)), n)
+        grad_k_f = (spectrum(u, n).conj_physical_()[:, None] * grad_f).sum(0)
+        grad_u_f = grad_f.mul_(spectrum(k, n).conj_physical_())
+        grad_u_f = grad_u_f[:, 0] if len(k) == 1 else grad_u_f.sum(1)
+        return torch.fft.irfft(grad_u_f, n)[..., :length], torch.fft.irfft(grad_k_f, n)[..., : k.shape[-1]]
+
+
+def gated(x: Tensor, gate: Tensor | None, channels: bool = False) -> Tensor:
+    """x times its gate, if there is one; `channels` where x has an axis that the gate lacks."""
+    return x if gate is None else x * (gate[:, None] if channels else gate)
+
+
+class LongConvolution(torch.autograd.Function):
+    """Keeps the signals only: (u, k, gates, start, n, engine) -> gate_out * conv(gate_in * u, k)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, k: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, start: int, n: int,
+        engine: Engine,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(u, k, gate_in, gate_out)
+        ctx.place, ctx.engine = (start, n), engine
+        return engine.convolve(u, k, start, n, (gate_in, gate_out))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, k, gate_in, gate_out = ctx.saved_tensors
+        v, grad_out = gated(u, gate_in), None
+        if gate_out is not None:
+            y = ctx.engine.convolve(v, k, *ctx.place, (None, None))
+            grad_out = (grad * y).sum(1).to(gate_out.dtype)
+            grad = gated(grad, gate_out, channels=True)
+        grad_v, grad_k = ctx.engine.adjoint(v, k, grad, *ctx.place)
+        grad_in = None if gate_in is None else (grad_v * u).to(gate_in.dtype)
+        grad_u = gated(grad_v, gate_in).to(u.dtype)
+        return grad_u, grad_k.to(k.dtype), grad_in, grad_out, None, None, None
+
+
+def long_conv(
+    u: Float[Tensor, "b h l"], k: Float[Tensor, "c h t"], start: int = 0, n: int | None = None,
+    gates: Gates = (None, None), engine: Engine | None = None,
+) -> Float[Tensor, "b c h l"]:  # fmt: skip
+    """c kernels per feature on one sequence per feature; see the equation above.
+
+    n: size of the circular convolution; as large as a linear one needs, unless given.
+    gates: (b, h, l) each or None, multiplied before and after.
+    """
+    n = n or fast_length(needed_length(u.shape[-1], k.shape[-1], start))
+    engine = engine or Fourier()
+    if torch.compiler.is_compiling() or u.is_meta:
+        return engine.convolve(u, k, start, n, gates)
+    return LongConvolution.apply(u, k, *gates, start, n, engine)
+
+
+class Kept:
+    """What was computed from tensors, for as long as they stay as they are (writing into `tensor.data` goes unseen)."""
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.value: Any = None
+        self.source: list[tuple[Tensor, int]] = []
+
+    def __call__(self, key: object, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        if key != self.key or not self._current(tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                self.key, self.value = key, make()
+            self.source = [(t.detach(), _version(t)) for t in tensors]
+        return self.value
+
+    def _current(self, tensors: Sequence[Tensor]) -> bool:
+        pairs = list(zip(tensors, self.source, strict=False))
+        same = all(t.data_ptr() == kept.data_ptr() and _version(t) == version for t, (kept, version) in pairs)
+        return same and len(pairs) == len(tensors) == len(self.source)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def may_keep(module: nn.Module, x: Tensor) -> bool:
+    """Whether something computed from the parameters may be kept: eval mode, no gradients, no graph being captured."""
+    if module.training or torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
