@@ -26,10 +26,13 @@ from opsin.ops.attention.window_attention import WindowAttention
 def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Row and column of the strongest polyphase component of every map; 0 along a side that the stride does not divide.
 
-    Norms are taken in float32 at least. Equal norms (a constant image) have no answer: then it is the first.
+    Tokens' norms are taken in float32 at least and added in float64 (float32 on MPS, which has none): a shift changes
+    the order of the sum, which must not change the answer. Components that tie (a constant image) have none: then it is
+    the first.
     """
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
     rows, columns = (s if side % s == 0 else 1 for side, s in zip(x.shape[2:], stride))
-    energy = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1)
+    energy = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(1).to(exact)
     energy = energy.unflatten(2, (-1, columns)).sum(2).unflatten(1, (-1, rows)).sum(1)
     best = energy.flatten(1).argmax(1)
     return best // columns, best % columns

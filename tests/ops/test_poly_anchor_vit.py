@@ -1,0 +1,136 @@
+"""Anchoring: the definition, exact equivariance, the official operator's choice, and the attentions around it."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opsin.errors import BadInput
+from opsin.ops.attention.poly_anchor_vit import PolyAnchorAttention, anchor, phases
+from opsin.ops.attention.subsampled_attention import SubsampledAttention
+from opsin.ops.attention.window_attention import WindowAttention
+
+SHIFTS = [(0, 1), (3, 5), (-2, 7), (11, 4)]
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_the_strongest_component_comes_first_in_every_sample():
+    x = 0.1 * torch.randn(3, 2, 8, 12)
+    for sample, (row, column) in enumerate([(1, 3), (0, 0), (2, 1)]):
+        x[sample, :, row::4, column::4] += 5
+    assert [t.tolist() for t in phases(x, (4, 4))] == [[1, 0, 2], [3, 0, 1]]
+    moved = anchor(x, 4)
+    for sample, shift in enumerate([(-1, -3), (0, 0), (-2, -1)]):
+        assert torch.equal(moved[sample], x[sample].roll(shift, (1, 2))), "each sample moves by its own phase"
+
+
+def test_the_choice_of_the_official_operator():
+    """willding123/Shift-Equivariant-Vision-Transformers, PolyOrder with patches of 3 on a 6x6 map of this formula."""
+    x = torch.sin(0.9 * torch.arange(144.0) ** 1.1).view(2, 2, 6, 6)
+    assert [t.tolist() for t in phases(x, (3, 3))] == [[0, 2], [1, 2]]
+    assert torch.allclose(
+        anchor(x, 3)[:, 0, 0, :3].flatten(),
+        torch.tensor([0.783327, 0.936461, 0.12771, 0.993181, 0.140724, -0.986622]),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_anchored_maps_of_shifted_images_differ_by_whole_strides(memory):
+    x = double(2, 5, 12, 8).contiguous(memory_format=memory)
+    base = anchor(x, 4)
+    assert base.stride(1) == x.stride(1), "the memory format stays"
+    for shift in SHIFTS:
+        moved = anchor(x.roll(shift, (2, 3)).contiguous(memory_format=memory), 4)
+        options = [base.roll((4 * i, 4 * j), (2, 3)) for i in range(3) for j in range(2)]
+        assert all(any(torch.equal(moved[n], option[n]) for option in options) for n in range(2))
+
+
+def test_sides_that_do_not_divide_stay():
+    x = double(2, 3, 9, 8)
+    assert torch.equal(phases(x, (4, 4))[0], torch.zeros(2, dtype=torch.long))
+    columns = phases(x, (4, 4))[1]
+    for n in range(2):
+        assert torch.equal(anchor(x, 4)[n], x[n].roll(-int(columns[n]), 2))
+
+
+def test_gradients_move_back_and_none_goes_through_the_choice():
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = double(2, 3, 8, 8).contiguous(memory_format=memory).requires_grad_()
+        down, right = phases(x, (4, 4))
+        weight = double(2, 3, 8, 8)
+        (anchor(x, 4) * weight).sum().backward()
+        for n in range(2):
+            assert torch.equal(x.grad[n], weight[n].roll((int(down[n]), int(right[n])), (1, 2)))
+
+
+@torch.no_grad()
+def test_the_operator_commutes_with_every_shift_and_plain_windows_do_not():
+    op, x = PolyAnchorAttention(16, 2, window_size=4).double(), double(2, 16, 8, 12)
+    plain = WindowAttention(16, 2, window_size=4).double()
+    plain.load_state_dict(op.state_dict())
+    for shift in SHIFTS:
+        shifted = x.roll(shift, (2, 3))
+        assert (op(shifted) - op(x).roll(shift, (2, 3))).abs().max() < 1e-12
+        assert (plain(shifted) - plain(x).roll(shift, (2, 3))).abs().max() > 1e-6
+    assert torch.allclose(op(x), torch.cat([op(s[None]) for s in x])), "phases are per sample"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 12), (7, 12), (5, 5)])
+def test_the_operator_is_window_attention_of_the_anchored_map(size):
+    op, x = PolyAnchorAttention(16, 2, window_size=4).double(), double(1, 16, *size)
+    plain = WindowAttention(16, 2, window_size=4).double()
+    plain.load_state_dict(op.state_dict())
+    shift = [int(p) for p in phases(x, (4, 4))]
+    assert torch.allclose(op(x), plain(anchor(x, 4)).roll(shift, (2, 3)), atol=1e-12)
+
+
+@torch.no_grad()
+def test_convolutions_and_reductions_on_an_anchored_map_move_by_their_stride():
+    x, weight = double(1, 3, 16, 16), double(6, 3, 4, 4)
+    attend = SubsampledAttention(8, 1, sr_ratio=4).double()
+    maps = double(1, 8, 8, 8)
+    convolved, attended = F.conv2d(anchor(x, 4), weight, stride=4), attend(anchor(maps, 4))
+    for shift in SHIFTS:
+        moved = F.conv2d(anchor(x.roll(shift, (2, 3)), 4), weight, stride=4)
+        options = [convolved.roll((i, j), (2, 3)) for i in range(4) for j in range(4)]
+        assert min(float((moved - option).abs().max()) for option in options) < 1e-12
+        moved = attend(anchor(maps.roll(shift, (2, 3)), 4))
+        options = [attended.roll((4 * i, 4 * j), (2, 3)) for i in range(2) for j in range(2)]
+        assert min(float((moved - option).abs().max()) for option in options) < 1e-12
+
+
+@torch.no_grad()
+def test_a_window_as_large_as_the_map_is_self_attention():
+    op, x = WindowAttention(16, 2, window_size=6).double(), double(2, 16, 6, 6)
+    tokens = x.flatten(2).transpose(1, 2)
+    q, k, v = op.qkv(tokens).view(2, 36, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    expected = op.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    assert torch.allclose(op(x).flatten(2).transpose(1, 2), expected, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_ratio_of_one_is_self_attention_and_reduced_tokens_are_few():
+    op, x = SubsampledAttention(16, 2, sr_ratio=1).double(), double(2, 16, 5, 6)
+    tokens = x.flatten(2).transpose(1, 2)
+    q, k, v = (t.view(2, 30, 2, 8).transpose(1, 2) for t in (op.q(tokens), *op.kv(tokens).chunk(2, -1)))
+    expected = op.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    assert torch.allclose(op(x).flatten(2).transpose(1, 2), expected, atol=1e-12)
+    for size, ratio, keys in (((8, 12), 4, (2, 3)), ((9, 5), 4, (3, 3)), ((4, 2), 8, (2, 2)), ((1, 1), 8, (1, 1))):
+        assert SubsampledAttention(16, 2, ratio).reduced(torch.randn(1, 16, *size)).shape[1:3] == keys
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: WindowAttention(16, 3), lambda: WindowAttention(16, window_size=0),
+        lambda: SubsampledAttention(16, sr_ratio=0), lambda: PolyAnchorAttention(10, 4),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit(build):
+    with pytest.raises(BadInput, match=r"does not divide|at least"):
+        build()
