@@ -1,0 +1,194 @@
+"""Any real network as a complex one, and the three networks of a fair comparison.
+
+Layers with parameters are replaced one by one. What has none (activations, pooling, resizing, dropout) is caught where
+the network calls it, whether as a module, a function or a method: on complex tensors it becomes its complex form.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from opsin.errors import BadInput
+from opsin.layers.complex import linear
+from opsin.layers.complex.activation import magnitude
+from opsin.layers.complex.norm import ComplexBatchNorm, ComplexGroupNorm, ComplexLayerNorm, ComplexLayerNorm2d
+from opsin.layers.norm import LayerNorm2d
+
+CONVOLUTIONS = {
+    nn.Conv1d: linear.ComplexConv1d, nn.Conv2d: linear.ComplexConv2d, nn.Conv3d: linear.ComplexConv3d,
+    nn.ConvTranspose1d: linear.ComplexConvTranspose1d, nn.ConvTranspose2d: linear.ComplexConvTranspose2d,
+    nn.ConvTranspose3d: linear.ComplexConvTranspose3d,
+}  # fmt: skip
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+ACTIVATIONS = frozenset(
+    ("relu", "relu_", "relu6", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish", "hardtanh")
+)
+BY_PARTS = frozenset((
+    *(f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)),
+    "interpolate", "sigmoid", "hardsigmoid",
+))  # fmt: skip
+DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"))
+Activation = Callable[[Tensor], Tensor]
+Input = Literal["zero", "fft", "analytic", "pairs"]
+Head = Literal["magnitude", "real"]
+
+
+class ComplexFunctions(TorchFunctionMode):
+    """While active, functions that PyTorch has for real tensors only do their complex form on complex ones.
+
+    activation: what every activation becomes; None for itself on both parts (ReLU becomes CReLU).
+    """
+
+    def __init__(self, activation: Activation | None = None):
+        super().__init__()
+        self.activation = activation
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        z = args[0] if args else kwargs.get("input")
+        if not (isinstance(z, Tensor) and z.is_complex()):
+            return func(*args, **kwargs)
+        rest = args[1:]
+        if name in ACTIVATIONS:
+            if self.activation is not None:
+                return self.activation(z)
+            kwargs.pop("inplace", None)
+            function = F.relu if name == "relu_" else func
+            return torch.complex(function(z.real, *rest, **kwargs), function(z.imag, *rest, **kwargs))
+        if name in BY_PARTS:
+            return torch.complex(func(z.real, *rest, **kwargs), func(z.imag, *rest, **kwargs))
+        if name in DROPOUTS:
+            kwargs.pop("inplace", None)
+            return z * func(torch.ones_like(z.real), *rest, **kwargs)
+        if name == "softmax":
+            return func(magnitude(z), *rest, **kwargs)
+        return func(*args, **kwargs)
+
+
+def complex_layer(module: nn.Module) -> nn.Module | None:
+    """The complex form of a layer with parameters, freshly initialised; None where there is none."""
+    kind = type(module)
+    if kind in CONVOLUTIONS:
+        options = {name: getattr(module, name) for name in GEOMETRY} | {"bias": module.bias is not None}
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            options["output_padding"] = module.output_padding
+        return CONVOLUTIONS[kind](**options)
+    if isinstance(module, nn.Linear):
+        return linear.ComplexLinear(module.in_features, module.out_features, module.bias is not None)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return ComplexBatchNorm(module.num_features, module.eps, 0.1 if module.momentum is None else module.momentum)
+    if isinstance(module, LayerNorm2d):
+        return ComplexLayerNorm2d(module.normalized_shape, module.eps)
+    if isinstance(module, nn.LayerNorm):
+        return ComplexLayerNorm(module.normalized_shape, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return ComplexGroupNorm(module.num_groups, module.num_channels, module.eps)
+    return None
+
+
+def _swap(parent: nn.Module) -> None:
+    """Replaces every layer below `parent`. Raises BadInput where one with parameters has no complex form."""
+    for name, child in parent.named_children():
+        layer = complex_layer(child)
+        if layer is not None:
+            setattr(parent, name, layer.train(child.training))
+        elif next(child.children(), None) is not None:
+            _swap(child)
+        elif next(child.parameters(), None) is not None:
+            raise BadInput(
+                f"'{name}' ({type(child).__name__}) has no complex form; replace it by convolutions, linear layers or "
+                "batch, layer or group norms first"
+            )
+
+
+def as_complex(x: Float[Tensor, "n c h w"], how: Input) -> Tensor:
+    """A real image as a complex one.
+
+    "zero": imaginary part 0. "fft": its unitary Fourier transform. "analytic": the analytic signal along the rows,
+    without negative frequencies. "pairs": the channels' first half is the real part, the second the imaginary one.
+    """
+    if how == "pairs":
+        return torch.complex(*x.chunk(2, 1))
+    if how == "fft":
+        return torch.fft.fft2(x, norm="ortho")
+    if how == "analytic":
+        width = x.shape[-1]
+        gain = torch.zeros(width, device=x.device)
+        gain[0], gain[1 : (width + 1) // 2] = 1, 2
+        if width % 2 == 0:
+            gain[width // 2] = 1
+        return torch.fft.ifft(torch.fft.fft(x) * gain)
+    return torch.complex(x, torch.zeros_like(x))
+
+
+class ComplexNetwork(nn.Module):
+    """A network with complex weights between a real or complex input and a real output.
+
+    Args: see `to_complex`, which makes one. Complex inputs pass as they are.
+    """
+
+    def __init__(self, model: nn.Module, input: Input, head: Head, activation: Activation | None):
+        super().__init__()
+        self.model, self.input, self.head = model, input, head
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ComplexFunctions(self.activation):
+            z = self.model(x if x.is_complex() else as_complex(x, self.input))
+        return magnitude(z) if self.head == "magnitude" else z.real
+
+
+def to_complex(
+    model: nn.Module, input: Input = "zero", head: Head = "magnitude", activation: Activation | None = None
+) -> ComplexNetwork:
+    """A complex network of the same architecture, with fresh weights; the original is left alone.
+
+    Args:
+        input: how real inputs become complex, see `as_complex`. With "pairs" build the model for half of the channels.
+        head: the output's magnitude, or its real part.
+        activation: a complex activation (`ModReLU(...)`, `torch.tanh`) for every real one;
+            None for the same one on both parts.
+    Raises BadInput where a layer has no complex form.
+    """
+    layer = complex_layer(model)
+    if layer is None:
+        layer = copy.deepcopy(model)
+        _swap(layer)
+    return ComplexNetwork(layer, input, head, activation)
+
+
+def real_parameters(model: nn.Module) -> int:
+    """Parameters, where a complex one counts as two."""
+    return sum(p.numel() * (2 if p.is_complex() else 1) for p in model.parameters())
+
+
+def comparison_triple(
+    build: Callable[[int], nn.Module], width: int, input: Input = "zero", head: Head = "magnitude",
+    activation: Activation | None = None, real_build: Callable[[int], nn.Module] | None = None, tolerance: float = 0.02,
+) -> tuple[nn.Module, nn.Module, ComplexNetwork]:  # fmt: skip
+    """CNN, CNNx2 and complex CNN: the networks of the paper's study.
+
+    build: a network of some width. The complex one is `build(width)` converted, the CNN is the real one of this width,
+        and CNNx2 the real one of the width whose parameters come nearest to the complex one's.
+    real_build: builds the real ones, where their input differs (both parts as channels).
+    Raises BadInput where no width comes within `tolerance` of the complex network's parameters.
+    """
+    real_build = real_build or build
+    ours = to_complex(build(width), input, head, activation)
+    goal = real_parameters(ours)
+    with torch.device("meta"):
+        nearest = min(range(width, 3 * width + 1), key=lambda w: abs(real_parameters(real_build(w)) - goal))
+    doubled = real_build(nearest)
+    miss = abs(real_parameters(doubled) / goal - 1)
+    if miss > tolerance:
+        raise BadInput(
+            f"no width between {width} and {3 * width} matches the complex network's {goal} parameters (the nearest "
+            f"is {100 * miss:.1f} % off); start from a larger width"
+        )
+    return real_build(width), doubled, ours
