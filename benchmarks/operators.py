@@ -160,17 +160,18 @@ def macs_of(card: Card, place: dict[str, Any], x: Tensor) -> int:
 
 
 def candidates(key: str, op: nn.Module, x: Tensor) -> dict[str, Run]:
-    """The operator, its reference, and the peers that are installed and agree in shape."""
+    """The operator, its reference, and the peers that are installed, know this type of number and agree in shape."""
     runs: dict[str, Run] = {"opsin": op}
-    if hasattr(op, "reference"):
-        runs["reference"] = op.reference
-    for name, build in PEERS.get(key, {}).items():
+    others = {"reference": lambda op: op.reference, **PEERS.get(key, {})}
+    for name, build in others.items():
+        if name == "reference" and not hasattr(op, "reference"):
+            continue
         try:
             run = build(op)
             if run(x).shape == op(x).shape:
                 runs[name] = run
-        except (ImportError, RuntimeError) as error:
-            print(f"{key}: without the peer {name}: {str(error).splitlines()[0]}")
+        except (ImportError, RuntimeError, KeyError) as error:
+            print(f"{key} in {x.dtype}: without {name}: {str(error).splitlines()[0]}")
     return runs
 
 
