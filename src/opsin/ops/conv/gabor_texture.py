@@ -171,7 +171,7 @@ class GaborConv(nn.Module):
 
 def soft_levels(
     maps: Float[Tensor, "n f h w"], levels: int = 8, bandwidth: float = 0.5
-) -> tuple[Float[Tensor, "n f h w l"], Float[Tensor, "n f l"]]:
+) -> tuple[Float[Tensor, "n f l h w"], Float[Tensor, "n f l"]]:
     """How much every value belongs to each of `levels` values spread evenly from its map's minimum to its maximum.
 
     Gaussian weights of `bandwidth` level distances, which sum to 1 over the levels; towards bandwidth 0 the nearest
@@ -181,22 +181,22 @@ def soft_levels(
     distance = ((high - low) / (levels - 1)).clamp_min(1e-6)
     steps = torch.arange(levels, device=maps.device, dtype=maps.dtype)
     place = (maps - low[:, :, None, None]) / distance[:, :, None, None]  # 0 ... levels - 1
-    weights = torch.softmax(-((place[..., None] - steps) ** 2) / (2 * bandwidth**2), -1)
+    weights = torch.softmax((place[:, :, None] - steps[:, None, None]).square() / (-2 * bandwidth**2), 2)
     return weights, low[..., None] + distance[..., None] * steps
 
 
-def histogram(weights: Float[Tensor, "n f h w l"]) -> Float[Tensor, "n f l"]:
+def histogram(weights: Float[Tensor, "n f l h w"]) -> Float[Tensor, "n f l"]:
     """The part of a map that each level has; sums to 1 and does not change when the map is shuffled."""
-    return weights.mean((2, 3))
+    return weights.mean((3, 4))
 
 
-def co_occurrence(weights: Float[Tensor, "n f h w l"]) -> Float[Tensor, "n f l l"]:
+def co_occurrence(weights: Float[Tensor, "n f l h w"]) -> Float[Tensor, "n f l l"]:
     """How often a level (rows) has a level (columns) to its right or below; sums to 1. Raises BadInput: one pixel."""
-    height, width = weights.shape[2:4]
+    height, width = weights.shape[3:]
     if height * width == 1:
         raise BadInput("a map of one pixel has no neighbours; take larger regions")
-    pairs = [(weights[:, :, :, :-1], weights[:, :, :, 1:]), (weights[:, :, :-1], weights[:, :, 1:])]
-    counts = sum(a.flatten(2, 3).mT @ b.flatten(2, 3) for a, b in pairs)
+    right, below = (weights[..., :-1], weights[..., 1:]), (weights[..., :-1, :], weights[..., 1:, :])
+    counts = sum(a.flatten(3) @ b.flatten(3).mT for a, b in (right, below))
     return counts / (height * (width - 1) + (height - 1) * width)
 
 
