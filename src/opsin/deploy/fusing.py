@@ -45,7 +45,7 @@ def _reparameterise(parent: nn.Module) -> None:
 
 def _absorb(model: nn.Module) -> None:
     """Lets every module that declares `fold_into` vanish in its only reader, where that can take it."""
-    for name, reader_name in sole_readers(model, lambda m: callable(getattr(m, "fold_into", None)), _quiet):
+    for name, reader_name in sole_readers(model, lambda m: callable(getattr(m, "fold_into", None)), _is_layer):
         declared = cast(Any, model.get_submodule(name)).fold_into
         absorbed = declared(model.get_submodule(reader_name))
         if absorbed is not None:
@@ -64,6 +64,10 @@ def _fold_norms(model: nn.Module) -> None:
 def _quiet(module: nn.Module) -> bool:
     """Nobody listens to this module, and its forward is that of its class."""
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return next(module.children(), None) is None and _quiet(module)
 
 
 def _is_conv(module: nn.Module) -> bool:

@@ -8,11 +8,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class ChannelAffine(nn.Module):
-    """gain * x + offset on the channels, which are axis 1 of a map (N, C, H, W) and the last axis of anything else.
+def channel_affine(
+    x: Float[Tensor, "n ..."], gain: Float[Tensor, " c"], offset: Float[Tensor, " c"], channels_last: bool = False
+) -> Float[Tensor, "n ..."]:
+    """gain * x + offset; channels are axis 1 of a map (N, C, H, W) and the last axis of anything else.
 
-    channels_last: the last axis of maps too. `fold_into(layer)` is the Linear or 1x1 convolution that has swallowed it.
+    channels_last: the last axis of maps too.
     """
+    gain, offset = gain.to(x.dtype), offset.to(x.dtype)
+    if x.ndim == 4 and not channels_last:
+        gain, offset = gain[:, None, None], offset[:, None, None]
+    return torch.addcmul(offset, x, gain)
+
+
+class ChannelAffine(nn.Module):
+    """`channel_affine` as a module; `fold_into(layer)` is the Linear or 1x1 convolution that has swallowed it."""
 
     def __init__(self, gain: Float[Tensor, " c"], offset: Float[Tensor, " c"], channels_last: bool = False):
         super().__init__()
@@ -20,11 +30,7 @@ class ChannelAffine(nn.Module):
         self.channels_last = channels_last
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-        gain, offset = (self.on_channels(p, x).to(x.dtype) for p in (self.weight, self.bias))
-        return torch.addcmul(offset, x, gain)
-
-    def on_channels(self, vector: Float[Tensor, " c"], x: Float[Tensor, "n ..."]) -> Tensor:
-        return vector[:, None, None] if x.ndim == 4 and not self.channels_last else vector
+        return channel_affine(x, self.weight, self.bias, self.channels_last)
 
     @torch.no_grad()
     def fold_into(self, layer: Any) -> nn.Module | None:

@@ -15,13 +15,15 @@ Test = Callable[[nn.Module], bool]
 
 
 class _Tracer(fx.Tracer):
-    """Goes into modules down to those without children, and stops before where `stop` says so."""
+    """Goes into modules down to those without children, and stops before where `stop` says so. Identities vanish."""
 
     def __init__(self, stop: Test):
         super().__init__()
         self.stop = stop
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) is nn.Identity:
+            return False
         return self.stop(m) or next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -67,7 +69,15 @@ def _neighbours(graph: fx.Graph) -> Iterator[tuple[str, str]]:
     for reader in calls:
         given = [*reader.args, *reader.kwargs.values()]
         source = given[0] if len(given) == 1 else None
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+        if not isinstance(source, fx.Node) or source.op != "call_module":
             continue
-        if times[source.target] == times[reader.target] == 1:
+        alone = all(user is reader or _asks_for_form(user) for user in source.users)
+        if alone and times[source.target] == times[reader.target] == 1:
             yield str(source.target), str(reader.target)
+
+
+def _asks_for_form(node: fx.Node) -> bool:
+    """Whether a reader looks at the shape or type of a tensor only."""
+    if node.op == "call_function":
+        return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim")
