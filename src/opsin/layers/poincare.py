@@ -29,6 +29,11 @@ MARGIN = {torch.float32: 4e-3, torch.float64: 1e-5}  # relative distance that po
 LARGEST_SINH = 40.0  # arguments beyond it overflow the squares of float32
 
 
+def precise(x: Tensor) -> Tensor:
+    """The same, in float32 if it is less precise."""
+    return x if x.dtype in MARGIN else x.float()
+
+
 def border(dtype: torch.dtype) -> float:
     """The largest sqrt(c) |x| of a point."""
     return 1 - MARGIN[dtype]

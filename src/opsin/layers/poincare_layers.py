@@ -24,6 +24,7 @@ from opsin.layers.poincare import (
     log0,
     log_map,
     midpoint,
+    precise,
     signed_distances,
     square_distance,
     square_norm,
@@ -52,9 +53,9 @@ class PoincareLinear(nn.Module):
         init_directions_(self.weight.T, init)
 
     def forward(self, v: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        c, weight = self.curvature, self.weight.float()
-        x = exp0(v.float(), c)
-        distances = signed_distances(x @ weight.T, conformal(x, c), weight.norm(dim=1), self.bias.float(), c)
+        c, weight = self.curvature, precise(self.weight)
+        x = exp0(precise(v), c)
+        distances = signed_distances(x @ weight.T, conformal(x, c), weight.norm(dim=1), precise(self.bias), c)
         return from_distances(distances, c).to(v.dtype)
 
 
@@ -80,15 +81,15 @@ class PoincareBatchNorm2d(nn.Module):
 
     def forward(self, v: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         c = self.curvature
-        x, bias = exp0(v.float(), c, 1), exp0(self.bias.float()[:, None, None], c, 0)[None]
+        x, bias = exp0(precise(v), c, 1), exp0(precise(self.bias)[:, None, None], c, 0)[None]
         if self.training:
             mean = self.mean(x)
             var = square_distance(mean, x, c, 1).mean()
             self._track(log0(mean, c, 1).flatten(), var)
         else:
-            mean, var = exp0(self.running_mean.float()[:, None, None], c, 0)[None], self.running_var.float()
+            mean, var = exp0(precise(self.running_mean)[:, None, None], c, 0)[None], precise(self.running_var)
         moved = transport(mean, bias, log_map(mean, x, c, 1), c, 1)
-        return log0(exp_map(bias, (self.scale.float() / (var + self.eps)).sqrt() * moved, c, 1), c, 1).to(v.dtype)
+        return log0(exp_map(bias, (precise(self.scale) / (var + self.eps)).sqrt() * moved, c, 1), c, 1).to(v.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:

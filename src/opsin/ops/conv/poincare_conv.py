@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.layers.poincare import exp0, exp0_scale, from_distances, fully_connected, log0, signed_distances
+from opsin.layers.poincare import exp0, exp0_scale, from_distances, fully_connected, log0, precise, signed_distances
 from opsin.layers.poincare_layers import Init, init_directions_
 
 
@@ -28,7 +28,7 @@ def beta(a: float) -> float:
 
 
 class PoincareConv2d(nn.Module):
-    """(N, C, H, W) -> (N, C', h, w) of tangent vectors, 'same' zero padding; computes in float32.
+    """(N, C, H, W) -> (N, C', h, w) of tangent vectors, 'same' zero padding; computes in float32 at least.
 
     Args:
         dim_in, dim: C and C'. kernel_size: odd. stride: as of a convolution.
@@ -53,12 +53,12 @@ class PoincareConv2d(nn.Module):
         init_directions_(self.weight.view(dim, -1).T, init)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
-        c, t, weight = self.curvature, self.shrink * x.float(), self.weight.float()
+        c, t, weight = self.curvature, self.shrink * precise(x), precise(self.weight)
         k, stride, pad = self.kernel_size, self.stride, self.kernel_size // 2
         u = c * k**2 * F.avg_pool2d(t.square().sum(1, keepdim=True), k, stride, pad)  # c |patch|^2
         scale = exp0_scale(u)
         inner = scale * F.conv2d(t, weight, None, stride, pad)
-        norm, r = weight.flatten(1).norm(dim=1)[:, None, None], self.bias.float()[:, None, None]
+        norm, r = weight.flatten(1).norm(dim=1)[:, None, None], precise(self.bias)[:, None, None]
         distances = signed_distances(inner, 2 / (1 - u * scale.square()), norm, r, c)
         return from_distances(distances, c, 1).to(x.dtype)
 
