@@ -30,7 +30,7 @@ from opsin.train.bare import accuracy, flip_and_shift, tensors
 
 LAMBDAS = (0.0, 0.01, 0.1, 1.0)
 WIDTHS = (16, 32, 64)
-IMAGES, TESTS, STEPS, BATCH = 10_000, 1000, 800, 64
+IMAGES, TESTS, STEPS, BATCH = 10_000, 1000, 1000, 64
 EPSILON, ATTACK_STEPS = 2 / 255, 10
 SHAPES = [(4, 8, 3, 1), (8, 4, 3, 1), (6, 4, 5, 1), (8, 4, 3, 2), (24, 4, 3, 2), (3, 2, 5, 3)]
 IMPOSSIBLE = [(6, 2, 1, 2), (20, 2, 3, 4), (9, 2, 1, 2), (40, 2, 3, 4)]  # M > C k^2, twice; S > k, twice
@@ -102,19 +102,30 @@ def boundaries(experiment: Experiment) -> None:
     experiment.check("least singular value of an orthogonal kernel without padding", lost, "<", 0.9)
 
 
+class MaxMin(nn.Module):
+    """Sorts pairs of channels (Anil et al. 2019, arXiv:1811.05381): non-linear, and keeps norms as its layers do."""
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        a, b = x.chunk(2, 1)
+        return torch.cat((torch.maximum(a, b), torch.minimum(a, b)), 1)
+
+
 class Net(nn.Module):
-    """Circular convolutions and ReLU, stride 2 at each widening; global mean; a linear head. Images are in [0, 1]."""
+    """Circular convolutions and MaxMin, stride 2 at each widening; global sum over the root of the positions; a linear
+    head. Where the convolutions are orthogonal, all of it but the head keeps norms or shortens them. Images in [0, 1].
+    """
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, width in zip((3, *WIDTHS[:-1]), WIDTHS, strict=True):
-            layers += [OrthogonalConv(before, width, 3, 2 if before > 3 else 1, init="glorot"), nn.ReLU()]
-            layers += [OrthogonalConv(width, width, 3, init="glorot"), nn.ReLU()]
+            layers += [OrthogonalConv(before, width, 3, 2 if before > 3 else 1, init="glorot"), MaxMin()]
+            layers += [OrthogonalConv(width, width, 3, init="glorot"), MaxMin()]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(WIDTHS[-1], 10)
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n k"]:
-        return self.head(self.body((x - 0.5) / 0.25).mean((2, 3)))
+        y = self.body((x - 0.5) / 0.25)
+        return self.head(y.sum((2, 3)) / y.shape[2:].numel() ** 0.5)
 
     def penalty(self) -> Tensor:
         return torch.stack([layer.penalty() for layer in self.body if isinstance(layer, OrthogonalConv)]).sum()
@@ -187,8 +198,10 @@ def run(budget: ClaimBudget) -> Evidence:
     landscape(experiment)
     training(experiment, seeds)
     notes = (
-        f"{len(WIDTHS) * 2} circular layers of widths {WIDTHS}, ReLU, no norms and no bias; {STEPS} steps of AdamW on "
+        f"{len(WIDTHS) * 2} circular layers of widths {WIDTHS}, MaxMin, no norms and no bias; {STEPS} steps of AdamW on "
         f"batches of {BATCH}; attack: {ATTACK_STEPS} steps within {EPSILON:.4f} in the maximum norm; the best "
-        "lambda is chosen on the images that it is judged on, as the claim puts it; Adam has a cosine schedule"
+        "lambda is chosen on the images that it is judged on, as the claim puts it; Adam has a cosine schedule. A first "
+        "run with ReLU and a global mean, which shorten what orthogonal layers keep, found -1.9 points under attack and "
+        "-8.1 on clean images at the best lambda"
     )
     return experiment.evidence(budget, notes)

@@ -51,7 +51,7 @@ def test_identity_and_spectral_bound(case, axes):
     loss = orthogonality_loss(weight, stride)
     assert float(error.square().sum()) == pytest.approx(float(outputs**axes * loss), rel=1e-11)
     spectral = float(torch.linalg.matrix_norm(error, 2))
-    assert spectral**2 <= spectral_factor(weight.shape, stride) * float(loss)
+    assert spectral**2 <= spectral_factor(weight.shape, stride) * float(loss) * (1 + 1e-12)
     assert spectral_error(weight, [stride * outputs] * axes, stride) == pytest.approx(spectral, rel=1e-10)
 
 

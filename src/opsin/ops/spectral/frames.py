@@ -4,9 +4,9 @@ A frame has atoms g_1 .. g_L and an output atom chi, mostly low-pass, and bounds
 
     A ||f||^2  <=  ||f * chi||^2 + sum_l ||f * g_l||^2  <=  B ||f||^2
 
-which holds exactly if the Littlewood-Paley sum |chi^|^2 + sum_l |g_l^|^2 lies within [A, B] at every frequency. Members:
-Morlet wavelets (as Bruna and Mallat 2013, arXiv:1203.1513, use them), a Weyl-Heisenberg (Gabor) grid, Haar wavelets, and
-k x k kernels, random or learned. Frequencies are in cycles per pixel.
+which holds exactly if the Littlewood-Paley sum |chi^|^2 + sum_l |g_l^|^2 lies within [A, B] at every frequency.
+Members: Morlet wavelets (as Bruna and Mallat 2013, arXiv:1203.1513, use them), a Weyl-Heisenberg (Gabor) grid, Haar
+wavelets, and k x k kernels, random or learned. Frequencies are in cycles per pixel.
 """
 
 from functools import lru_cache
@@ -22,7 +22,7 @@ Spectrum = Complex[np.ndarray, "atoms h w"]
 
 
 class Frame(nn.Module):
-    """count: atoms without chi. real: whether they are real in space. levels: the scale of each, where there are any."""
+    """count: atoms without chi. real: whether they are real in space. levels: the scale of each, or None."""
 
     count: int
     real: bool = False
@@ -98,11 +98,9 @@ class RandomKernels(Frame):
         self.register_buffer("kernels", kernels)
 
     def spectrum(self, height: int, width: int, like: Tensor) -> Complex[Tensor, "atoms h w"]:
-        taps = torch.arange(self.kernels.shape[-1], device=like.device, dtype=like.dtype)
-        waves = [
-            torch.exp(-2j * torch.pi * taps * torch.arange(n, device=like.device, dtype=like.dtype)[:, None] / n)
-            for n in (height, width)
-        ]
+        taps = torch.arange(self.kernels.shape[-1], device=like.device, dtype=like.real.dtype)
+        grids = (torch.arange(n, device=like.device, dtype=like.real.dtype)[:, None] / n for n in (height, width))
+        waves = [torch.exp(-2j * torch.pi * taps * grid) for grid in grids]
         return torch.einsum("lab,ya,xb->lyx", self.kernels.to(complex_of(like)), *waves)
 
 

@@ -7,7 +7,7 @@ Lipschitz non-linearity M_n and a pooling by the factor S_n:
     U_n[l] f (x) = S_n^{d/2} P_n( M_n(f * g_l) )(S_n x),     Phi^n(f) = { (U[q] f) * chi_n },     Phi = all Phi^n
     admissible:  max(B_n, B_n L_n^2 R_n^2) <= 1    (frame bound B, Lipschitz constants L of M and R of P)
 
-Then Phi does not expand distances; layer n is invariant to a translation t up to 2 pi |t| K / (S_1 .. S_n), whatever the
+Then Phi does not expand distances; layer n is invariant to a translation t up to 2 pi |t| K / (S_1 .. S_n), for any
 filters; and a deformation moves Phi by no more than it moves f. Every frame is divided here by the root of
 B max(1, L^2 R^2), which makes it admissible. On a grid, taking every S-th sample keeps norms only of band-limited
 signals: sup ||S^{d/2} f(S x)|| / ||f|| is S^{d/2} and not 1 as on the plane, and that R is used.
