@@ -14,8 +14,8 @@ the card `terminator`.
 The author's repository holds no code. Chosen here, for want of the paper's word: activations are standardised per
 image and channel first, without which their products explode; the second factor v is a 1x1 convolution of the first, as
 in a public copy of the early code, where the factors come from different branches, and because Z Z alone forgets signs;
-the paper's bottleneck, a 1x1 convolution, joins both branches; frequencies, depth and width of the slow network; and the
-variance that kernels start with.
+the paper's bottleneck, a 1x1 convolution, joins both branches; frequencies, depth and width of the slow network; and
+the variance that kernels start with.
 """
 
 import torch
