@@ -35,14 +35,24 @@ def build_mixer(name: str, dim: int, size: tuple[int, int], options: Mapping[str
     return create(name, dim=dim, **place, **options)
 
 
+def build_norm(name: str | None, dim: int) -> nn.Module:
+    """The norm of a block: an operator by name, or LayerNorm2d. Raises BadInput where it is no norm."""
+    if name is None:
+        return LayerNorm2d(dim)
+    if not card_of(name).facts.get("norm"):
+        norms = ", ".join(c.key for c in list_cards("operator") if c.facts.get("norm"))
+        raise BadInput(f"'{name}' is not a norm; the norms are {norms}, and without a name it is layer norm")
+    return create(name, dim=dim)
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int, drop_path: float):
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: int, drop_path: float, norm: str | None = None):
         super().__init__()
-        self.norm1 = LayerNorm2d(dim)
+        self.norm1 = build_norm(norm, dim)
         self.mixer = mixer
-        self.norm2 = LayerNorm2d(dim)
+        self.norm2 = build_norm(norm, dim)
         self.mlp = nn.Sequential(nn.Conv2d(dim, mlp_ratio * dim, 1), nn.GELU(), nn.Conv2d(mlp_ratio * dim, dim, 1))
         self.drop_path = DropPath(drop_path)
 
@@ -58,13 +68,14 @@ class MetaNet(Backbone):
         mixer: the name of an operator whose card says `mixer = true`; mixer_options go to its constructor.
         stem_stride: side of the non-overlapping patches, 4 as usual; 1 or 2 for small images.
         image_size: (height, width) or one number, in pixels; used by mixers whose weights depend on the place only.
+        norm: of the blocks, the name of an operator whose card says `norm = true`; layer norm over channels if None.
     """
 
     def __init__(
         self, mixer: str = "depthwise", depths: Sequence[int] = (2, 2, 6, 2),
         dims: Sequence[int] = (64, 128, 320, 512), mlp_ratio: int = 4, stem_stride: int = 4,
         image_size: int | tuple[int, int] = 224, num_classes: int = 1000, in_chans: int = 3, drop_path: float = 0.0,
-        mixer_options: Mapping[str, Any] | None = None,
+        mixer_options: Mapping[str, Any] | None = None, norm: str | None = None,
     ):  # fmt: skip
         super().__init__()
         self.num_classes, self.num_features = num_classes, dims[-1]
@@ -74,11 +85,11 @@ class MetaNet(Backbone):
         strides = (stem_stride, 2, 2, 2)
         for i, rates in enumerate(drop_path_rates(drop_path, depths)):
             dim_in = in_chans if i == 0 else dims[i - 1]
-            norm = nn.Identity() if i == 0 else LayerNorm2d(dim_in)
-            self.downsamples.append(nn.Sequential(norm, nn.Conv2d(dim_in, dims[i], strides[i], strides[i])))
+            first = nn.Identity() if i == 0 else LayerNorm2d(dim_in)
+            self.downsamples.append(nn.Sequential(first, nn.Conv2d(dim_in, dims[i], strides[i], strides[i])))
             height, width = height // strides[i], width // strides[i]
             mixers = [build_mixer(mixer, dims[i], (height, width), mixer_options or {}) for _ in rates]
-            blocks = [Block(dims[i], m, mlp_ratio, rate) for m, rate in zip(mixers, rates, strict=True)]
+            blocks = [Block(dims[i], m, mlp_ratio, rate, norm) for m, rate in zip(mixers, rates, strict=True)]
             self.stages.append(nn.Sequential(*blocks))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()

@@ -7,7 +7,7 @@ then everything below it.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -27,6 +27,13 @@ class _Tracer(fx.Tracer):
         return self.stop(m) or next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
 
 
+class Reading(NamedTuple):
+    """One call of a module: the module whose output it reads, as that output's only reader, if there is one."""
+
+    source: str | None
+    reader: str
+
+
 def sole_readers(model: nn.Module, first: Test, second: Test) -> list[tuple[str, str]]:
     """Names of modules (a, b): `first(a)`, `second(b)`, and b is the only reader of what a gives.
 
@@ -35,24 +42,30 @@ def sole_readers(model: nn.Module, first: Test, second: Test) -> list[tuple[str,
     if not any(first(m) for m in model.modules()):
         return []
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    found = readings(model, lambda m: first(m) or second(m))
+    calls = Counter(reading.reader for reading in found)
 
     def fits(name: str, test: Test) -> bool:
         module = model.get_submodule(name)
-        return test(module) and places[id(module)] == 1
+        return calls[name] == 1 and test(module) and places[id(module)] == 1
 
-    pairs = dict.fromkeys(_pairs(model, "", lambda m: first(m) or second(m)))
-    return [(a, b) for a, b in pairs if fits(a, first) and fits(b, second)]
+    return [(a, b) for a, b in found if a is not None and fits(a, first) and fits(b, second)]
 
 
-def _pairs(module: nn.Module, place: str, stop: Test) -> Iterator[tuple[str, str]]:
-    """All neighbours in the forward of `module`, under their names in the whole network."""
+def readings(model: nn.Module, stop: Test) -> list[Reading]:
+    """The calls of modules in the forward, under their names; modules for which `stop` holds are not looked into."""
+    return list(_readings(model, "", stop))
+
+
+def _readings(module: nn.Module, place: str, stop: Test) -> Iterator[Reading]:
     whole = _graph(module, stop)
     graph = whole or _graph(module, lambda m: True)
     if graph is not None:
-        yield from ((place + a, place + b) for a, b in _neighbours(graph))
+        for source, reader in _calls(graph):
+            yield Reading(None if source is None else place + source, place + reader)
     if whole is None:
         for name, child in module.named_children():
-            yield from _pairs(child, f"{place}{name}.", stop)
+            yield from _readings(child, f"{place}{name}.", stop)
 
 
 def _graph(module: nn.Module, stop: Test) -> fx.Graph | None:
@@ -63,17 +76,14 @@ def _graph(module: nn.Module, stop: Test) -> fx.Graph | None:
         return None
 
 
-def _neighbours(graph: fx.Graph) -> Iterator[tuple[str, str]]:
+def _calls(graph: fx.Graph) -> Iterator[Reading]:
     calls: list[Any] = [node for node in graph.nodes if node.op == "call_module"]
-    times = Counter(node.target for node in calls)
     for reader in calls:
         given = [*reader.args, *reader.kwargs.values()]
         source = given[0] if len(given) == 1 else None
-        if not isinstance(source, fx.Node) or source.op != "call_module":
-            continue
-        alone = all(user is reader or _asks_for_form(user) for user in source.users)
-        if alone and times[source.target] == times[reader.target] == 1:
-            yield str(source.target), str(reader.target)
+        called = isinstance(source, fx.Node) and source.op == "call_module"
+        alone = called and all(user is reader or _asks_for_form(user) for user in source.users)
+        yield Reading(str(source.target) if alone else None, str(reader.target))
 
 
 def _asks_for_form(node: fx.Node) -> bool:
