@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from opsin.errors import BadInput
+
 Curvature = Tensor | float
 SMALL = 2e-3  # below this u the ratios are their power series: the closed forms cancel there
 MARGIN = {torch.float32: 4e-3, torch.float64: 1e-5}  # relative distance that points keep from the border
@@ -261,7 +263,8 @@ def mobius_residual(branch: Tensor, shortcut: Tensor, c: Curvature, dim: int = 1
 
     The first repository maps and adds along the last axis, the width of the image.
     """
-    return log0(project(mobius_add(exp0(branch, c, dim), exp0(shortcut, c, dim), c, dim), c, dim), c, dim)
+    x, y = exp0(precise(branch), c, dim), exp0(precise(shortcut), c, dim)
+    return log0(project(mobius_add(x, y, c, dim), c, dim), c, dim).to(branch.dtype)
 
 
 class LearnedCurvature(nn.Module):
@@ -273,3 +276,24 @@ class LearnedCurvature(nn.Module):
 
     def forward(self) -> Float[Tensor, ""]:
         return F.softplus(self.free)
+
+
+Curved = float | LearnedCurvature  # what layers take as their curvature
+
+
+class OnBall(nn.Module):
+    """A layer of the ball of curvature -c.
+
+    curvature: c, a positive number, or a `LearnedCurvature`, which several layers may share.
+    Raises BadInput where c is not positive.
+    """
+
+    def __init__(self, curvature: Curved):
+        super().__init__()
+        if not isinstance(curvature, nn.Module) and curvature <= 0:
+            raise BadInput(f"curvature={curvature} is not positive; it is c of a ball of curvature -c, such as 0.1")
+        self.curvature = curvature
+
+    @property
+    def c(self) -> Curvature:
+        return precise(self.curvature()) if isinstance(self.curvature, nn.Module) else self.curvature

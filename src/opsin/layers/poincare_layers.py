@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from opsin.layers.poincare import (
+    Curved,
+    OnBall,
     conformal,
     exp0,
     exp_map,
@@ -42,24 +44,23 @@ def init_directions_(z: Float[Tensor, "n m"], init: Init) -> Tensor:
     return z.normal_(std=(2 * z.numel()) ** -0.5)
 
 
-class PoincareLinear(nn.Module):
+class PoincareLinear(OnBall):
     """(..., n) -> (..., m) on tangent vectors. `weight` (m, n) holds the hyperplanes' normals, `bias` their offsets."""
 
-    def __init__(self, dim_in: int, dim: int, curvature: float = 0.1, init: Init = "identity"):
-        super().__init__()
-        self.curvature = curvature
+    def __init__(self, dim_in: int, dim: int, curvature: Curved = 0.1, init: Init = "identity"):
+        super().__init__(curvature)
         self.weight = nn.Parameter(torch.empty(dim, dim_in))
         self.bias = nn.Parameter(torch.zeros(dim))
         init_directions_(self.weight.T, init)
 
     def forward(self, v: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
-        c, weight = self.curvature, precise(self.weight)
+        c, weight = self.c, precise(self.weight)
         x = exp0(precise(v), c)
         distances = signed_distances(x @ weight.T, conformal(x, c), weight.norm(dim=1), precise(self.bias), c)
         return from_distances(distances, c).to(v.dtype)
 
 
-class PoincareBatchNorm2d(nn.Module):
+class PoincareBatchNorm2d(OnBall):
     """(N, C, H, W) -> the same; every position is a point whose coordinates are the channels.
 
     momentum: weight of a new batch in the running mean (a tangent vector) and variance, which eval mode uses.
@@ -68,19 +69,19 @@ class PoincareBatchNorm2d(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, dim: int, curvature: float = 0.1, eps: float = 1e-6, momentum: float = 0.1):
-        super().__init__()
-        self.curvature, self.eps, self.momentum = curvature, eps, momentum
+    def __init__(self, dim: int, curvature: Curved = 0.1, eps: float = 1e-6, momentum: float = 0.1):
+        super().__init__(curvature)
+        self.eps, self.momentum = eps, momentum
         self.bias = nn.Parameter(torch.zeros(dim))
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(()))
 
     def mean(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "1 c 1 1"]:
-        return midpoint(x, self.curvature, 1, (0, 2, 3))
+        return midpoint(x, self.c, 1, (0, 2, 3))
 
     def forward(self, v: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        c = self.curvature
+        c = self.c
         x, bias = exp0(precise(v), c, 1), exp0(precise(self.bias)[:, None, None], c, 0)[None]
         if self.training:
             mean = self.mean(x)
@@ -98,11 +99,14 @@ class PoincareBatchNorm2d(nn.Module):
 
 
 class FrechetBatchNorm2d(PoincareBatchNorm2d):
-    """The same around the Frechet mean, which minimises the mean squared distance: the slow way."""
+    """The same around the Frechet mean, which minimises the mean squared distance: the slow way.
+
+    A learned curvature gets no gradient through the mean.
+    """
 
     def mean(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "1 c 1 1"]:
         points = x.movedim(1, -1).flatten(0, 2)
-        return FrechetMean.apply(points, self.curvature)[:, None, None][None]
+        return FrechetMean.apply(points, float(self.c))[:, None, None][None]
 
 
 class FrechetMean(torch.autograd.Function):

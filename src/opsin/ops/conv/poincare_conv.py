@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.layers.poincare import exp0, exp0_scale, from_distances, fully_connected, log0, precise, signed_distances
+from opsin.layers.poincare import (
+    Curved,
+    OnBall,
+    exp0,
+    exp0_scale,
+    from_distances,
+    fully_connected,
+    log0,
+    precise,
+    signed_distances,
+)
 from opsin.layers.poincare_layers import Init, init_directions_
 
 
@@ -27,33 +37,32 @@ def beta(a: float) -> float:
     return math.exp(math.lgamma(a) + math.lgamma(0.5) - math.lgamma(a + 0.5))
 
 
-class PoincareConv2d(nn.Module):
+class PoincareConv2d(OnBall):
     """(N, C, H, W) -> (N, C', h, w) of tangent vectors, 'same' zero padding; computes in float32 at least.
 
     Args:
         dim_in, dim: C and C'. kernel_size: odd. stride: as of a convolution.
-        curvature: c of the ball of curvature -c, positive. init: see `init_directions_`; the identity passes the first
-            C' of the C k^2 entries of a patch, channels first, as published.
+        curvature: c of the ball of curvature -c, a positive number or a LearnedCurvature.
+        init: see `init_directions_`; the identity passes the first C' of the C k^2 entries of a patch, channels
+            first, as published.
     Raises BadInput: an even kernel, a curvature that is not positive.
     """
 
     def __init__(
-        self, dim_in: int, dim: int, kernel_size: int = 3, stride: int = 1, curvature: float = 0.1,
+        self, dim_in: int, dim: int, kernel_size: int = 3, stride: int = 1, curvature: Curved = 0.1,
         init: Init = "identity",
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(curvature)
         if kernel_size % 2 == 0:
             raise BadInput(f"kernel_size={kernel_size} is even; a Poincare convolution is centred, so take an odd one")
-        if curvature <= 0:
-            raise BadInput(f"curvature={curvature} is not positive; it is c of a ball of curvature -c, such as 0.1")
-        self.kernel_size, self.stride, self.curvature = kernel_size, stride, curvature
+        self.kernel_size, self.stride = kernel_size, stride
         self.shrink = beta(dim_in * kernel_size**2 / 2) / beta(dim_in / 2)
         self.weight = nn.Parameter(torch.empty(dim, dim_in, kernel_size, kernel_size))  # z_k
         self.bias = nn.Parameter(torch.zeros(dim))  # r_k
         init_directions_(self.weight.view(dim, -1).T, init)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c2 h2 w2"]:
-        c, t, weight = self.curvature, self.shrink * precise(x), precise(self.weight)
+        c, t, weight = self.c, self.shrink * precise(x), precise(self.weight)
         k, stride, pad = self.kernel_size, self.stride, self.kernel_size // 2
         u = c * k**2 * F.avg_pool2d(t.square().sum(1, keepdim=True), k, stride, pad)  # c |patch|^2
         scale = exp0_scale(u)
@@ -67,19 +76,24 @@ class PoincareConv2d(nn.Module):
         n, _, height, width = x.shape
         size = [(side - 1) // self.stride + 1 for side in (height, width)]
         patches = F.unfold(self.shrink * x, self.kernel_size, padding=self.kernel_size // 2, stride=self.stride)
-        points = exp0(patches.transpose(1, 2), self.curvature)
-        y = fully_connected(points, self.weight.flatten(1).T, self.bias, self.curvature)
-        return log0(y, self.curvature).transpose(1, 2).reshape(n, -1, *size)
+        points = exp0(patches.transpose(1, 2), self.c)
+        y = fully_connected(points, self.weight.flatten(1).T, self.bias, self.c)
+        return log0(y, self.c).transpose(1, 2).reshape(n, -1, *size)
 
     def extra_repr(self) -> str:
         out, inside = self.weight.shape[:2]
-        return f"{inside}, {out}, kernel_size={self.kernel_size}, stride={self.stride}, curvature={self.curvature}"
+        return f"{inside}, {out}, kernel_size={self.kernel_size}, stride={self.stride}, c={float(self.c):.3g}"
 
 
 class PoincareConv(PoincareConv2d):
     """The convolution that keeps the number of channels. Options: see `PoincareConv2d`."""
 
     def __init__(
-        self, dim: int, kernel_size: int = 3, stride: int = 1, curvature: float = 0.1, init: Init = "identity"
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        curvature: Curved = 0.1,
+        init: Init = "identity",
     ):
         super().__init__(dim, dim, kernel_size, stride, curvature, init)
