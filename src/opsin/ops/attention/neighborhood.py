@@ -9,20 +9,23 @@ so windows are pushed inwards at the borders and never padded. Several axes take
 
     out_i = sum_j softmax_j(scale q_i . k_j + bias_(j - i)) v_j,   j in window(i).
 
-Three ways to compute it, with equal results:
+Four ways to compute it, with equal results:
 
 - dense: all pairs under a mask. The definition; O(n^2).
 - gather: every query copies its k^n keys. O(n k^n) time and memory; nothing is computed in vain.
 - block: queries go in tiles, and each tile attends to the one patch of keys that covers its windows, under a mask (the
   fused kernel's tiling). Tiles are batched into one attention call. O(n) memory: the scratch space stays near
   `SCRATCH_BYTES` whatever the window, because tiles are taken in portions, which backward computes anew.
+- triton: the same tiling as fused kernels (`neighborhood_triton`), which keep logits on the chip. CUDA only.
 
 Tensors are heads-last: (batch, X, ..., heads, head_dim) with one to three spatial axes.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
+from importlib import import_module
 from math import prod
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -34,8 +37,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from opsin.errors import BadInput, UnknownName
+from opsin.ops.kernels import kernel_wanted, require_kernel
 
-Backend = Literal["auto", "block", "gather", "dense"]
+Backend = Literal["auto", "triton", "block", "gather", "dense"]
 TILE_SIDE = {1: 64, 2: 8, 3: 4}  # queries per tile and axis, by the number of axes
 SCRATCH_BYTES = 8 * 2**20  # keys, values and masks that are copied at a time
 
@@ -133,8 +137,10 @@ def neighborhood_attention(
 
     kernel_size, dilation, causal: one value, or one per axis. scale: head_dim^-0.5 by default.
     bias: added to the logits by relative position, 2k - 1 entries per axis with the offset 0 in the middle.
-    backend: "auto" is "block"; on the meta device "gather", so that counts of operations are those of the definition.
-    Raises BadInput: shapes that do not fit, or kernel * dilation beyond an axis. Raises UnknownName (backend).
+    backend: "auto" is "triton" on CUDA, else "block"; on the meta device "gather", so that counts of operations are
+        those of the definition.
+    Raises BadInput: shapes that do not fit, kernel * dilation beyond an axis, or "triton" where it cannot run. Raises
+    UnknownName (backend).
     """
     axes = rule(q.shape[1:-2], kernel_size, dilation, causal)
     if not q.shape == k.shape == v.shape[:-1] + q.shape[-1:]:
@@ -143,7 +149,7 @@ def neighborhood_attention(
     if bias is not None and bias.shape != expected:
         raise BadInput(f"the bias has the shape {tuple(bias.shape)}; this window wants {expected}")
     if backend == "auto":
-        backend = "gather" if q.is_meta else "block"
+        backend = "gather" if q.is_meta else "triton" if kernel_wanted(q) and _kernels().fits(q, v) else "block"
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS)
     flat = [t.flatten(1, -3) for t in (q, k, v)]
@@ -297,6 +303,19 @@ def _spread(bias: Float[Tensor, "h *offsets"], offsets: list[np.ndarray]) -> Flo
     return out.squeeze(-1).transpose(0, 1)
 
 
+def fused(
+    q: Float[Tensor, "n x h d"], k: Float[Tensor, "n x h d"], v: Float[Tensor, "n x h e"], axes: tuple[Axis, ...],
+    scale: float, bias: Tensor | None,
+) -> Float[Tensor, "n x h e"]:  # fmt: skip
+    """Tiles as in `block`, in Triton kernels. Raises BadInput where they cannot run."""
+    require_kernel(q)
+    return _kernels().fused(q, k, v, axes, scale, bias)
+
+
+def _kernels() -> ModuleType:
+    return import_module("opsin.ops.attention.neighborhood_triton")
+
+
 def flex_mask(axes: tuple[Axis, ...], device: torch.device | str = "cpu") -> Callable[..., Tensor]:
     """The rule as a `mask_mod` for `torch.nn.attention.flex_attention.create_block_mask` over flattened tokens."""
     bounds = [[torch.as_tensor(bound, device=device) for bound in axis.windows()] for axis in axes]
@@ -313,4 +332,4 @@ def flex_mask(axes: tuple[Axis, ...], device: torch.device | str = "cpu") -> Cal
     return mask_mod
 
 
-BACKENDS = {"block": block, "gather": gather, "dense": dense}
+BACKENDS = {"triton": fused, "block": block, "gather": gather, "dense": dense}

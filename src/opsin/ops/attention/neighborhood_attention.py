@@ -2,7 +2,7 @@
 
 Hassani et al. 2024, "Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock
 Level", arXiv:2403.04690; as a mixer first in "Neighborhood Attention Transformer" (2023, arXiv:2204.07143). The rule
-and its three implementations are in `opsin.ops.attention.neighborhood`. Names of parameters follow NATTEN.
+and its four implementations are in `opsin.ops.attention.neighborhood`. Names of parameters follow NATTEN.
 """
 
 from collections.abc import Sequence
