@@ -1,9 +1,7 @@
 """Uniform quantisation by asymmetric min-max, and layers that store and compute with it.
 
-    scale = (2^b - 1) / (max - min);  zero = round(scale min) + 2^(b-1)
-    q = clamp(round(scale x - zero), -2^(b-1), 2^(b-1) - 1);  x' = (q + zero) / scale
-
-Weights have one range per output channel, activations one per tensor.
+The arithmetic is that of `opsin.layers.fake_quant`. Weights have one range per output channel, activations one per
+tensor.
 """
 
 from collections.abc import Callable
@@ -14,6 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from opsin.layers.fake_quant import codes_of, fake_quantise
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d,
@@ -33,20 +33,6 @@ def weight_of(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def codes_of(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integer codes of x, the scale and the zero point for the range low..high (which broadcasts against x)."""
-    half = 2 ** (bits - 1)
-    scale = (2**bits - 1) / (high - low).clamp(min=1e-8)
-    zero = torch.round(scale * low) + half
-    return torch.clamp(torch.round(scale * x - zero), -half, half - 1), scale, zero
-
-
-def fake_quantise(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """x rounded to the nearest of 2^bits evenly spaced values from low to high."""
-    codes, scale, zero = codes_of(x, low, high, bits)
-    return (codes + zero) / scale
 
 
 def channel_range(weight: Tensor) -> tuple[Tensor, Tensor]:
