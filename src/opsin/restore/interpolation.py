@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
+from opsin.layers.replace import with_layers_replaced
 
 
 def interpolate_networks(first: nn.Module, second: nn.Module, t: float) -> nn.Module:
@@ -61,13 +62,11 @@ def modulated(model: nn.Module, side: int = 1) -> nn.Module:
     """
     if side % 2 == 0:
         raise BadInput(f"side={side} is even, so that the map would shift; take an odd one")
-    holder = nn.ModuleDict({"model": copy.deepcopy(model).requires_grad_(False)})
-    convs = [(name, m) for name, m in holder.named_modules() if type(m) is nn.Conv2d]
-    if not convs:
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    new, count = with_layers_replaced(frozen, lambda m: AdaFM(m, side) if type(m) is nn.Conv2d else None)
+    if not count:
         raise BadInput(f"{type(model).__name__} has no convolution to modulate")
-    for name, conv in convs:
-        holder.set_submodule(name, AdaFM(conv, side))
-    return holder["model"]
+    return new
 
 
 def set_amount(model: nn.Module, t: float) -> None:

@@ -68,7 +68,7 @@ class WaveSurrogate(nn.Module):
         self.head = nn.Conv2d(width, 1, 1)
         self.apply(_he)
         if form != "dense":
-            self.stem, self.body = (compress_a_priori(part, form, rank) for part in (_wrapped(self.stem), self.body))
+            self.stem, self.body = (compress_a_priori(part, form, rank) for part in (self.stem, self.body))
         nn.init.zeros_(self.head.weight)
 
     def forward(self, history: Float[Tensor, "n 2 h w"], speed: Float[Tensor, "n h w"]) -> Float[Tensor, "n 1 h w"]:
@@ -84,10 +84,6 @@ class WaveSurrogate(nn.Module):
         for _ in range(steps):
             fields.append(self(torch.cat(fields[-HISTORY:], 1), speed))
         return torch.cat(fields[HISTORY:], 1)
-
-
-def _wrapped(layer: nn.Module) -> nn.Module:
-    return nn.Sequential(layer)
 
 
 def _he(module: nn.Module) -> None:

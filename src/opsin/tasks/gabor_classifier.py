@@ -94,7 +94,7 @@ class RegionGate(nn.Module):
 def _hard(score: Tensor) -> Tensor:
     """1 where the score is above 0, else 0; the gradient of a sigmoid."""
     soft = score.sigmoid()
-    return (score > 0).to(soft.dtype) + soft - soft.detach()
+    return (score > 0).to(soft.dtype) + (soft - soft.detach())  # the bracket is exactly 0
 
 
 class TextureBranch(nn.Module):

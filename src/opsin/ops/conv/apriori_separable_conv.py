@@ -17,7 +17,6 @@ All take one, two or three axes. Factors are drawn so that the kernel that they 
 factors that each had it would make kernels with the product of variances, which is far too small.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from string import ascii_lowercase
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput, UnknownName
+from opsin.layers.replace import with_layers_replaced
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -279,13 +279,12 @@ def compress_a_priori(model: nn.Module, form: str = "pairs", rank: int | None = 
     "cp" also: without groups); biases, strides, dilations and everything else stay. rank: as of the form, or None for
     the same number of weights as one outer product per pair. Raises UnknownName (form), BadInput: nothing to replace.
     """
-    holder = nn.ModuleDict({"model": copy.deepcopy(model)})
-    found = [(name, m) for name, m in holder.named_modules() if _compressible(m, form)]
-    if not found:
+    if form not in FORMS:
+        raise UnknownName("form of compressed convolution", form, FORMS)
+    new, count = with_layers_replaced(model, lambda m: _compressed(m, form, rank) if _compressible(m, form) else None)
+    if not count:
         raise BadInput(f"{type(model).__name__} has no convolution of two or more axes that could be compressed")
-    for name, conv in found:
-        holder.set_submodule(name, _compressed(conv, form, rank))
-    return holder["model"]
+    return new
 
 
 def _compressible(module: nn.Module, form: str) -> bool:
@@ -303,7 +302,7 @@ def _compressed(conv: nn.Conv2d | nn.Conv3d, form: str, rank: int | None) -> Fac
         *ends, conv.kernel_size, terms, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
         bias=conv.bias is not None, **groups,
     )  # fmt: skip
-    return new.to(conv.weight)
+    return new.to(conv.weight).train(conv.training)
 
 
 def pair_ranks(kernel: Float[Tensor, "o c *k"], tolerance: float = 1e-5) -> Int[Tensor, "o c"]:

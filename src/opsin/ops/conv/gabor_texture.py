@@ -58,7 +58,7 @@ def without_mean(kernels: Float[Tensor, "f s s"]) -> Float[Tensor, "f s s"]:
 
 
 class GaborFilters(nn.Module):
-    """`count` filters on a grid of scales, phases and orientations, to be learned.
+    """`count` filters on a grid of scales and orientations, to be learned.
 
     Parameters are unbounded; `values()` gives the five numbers in their ranges. Every filter keeps to one of `bands`
     octave-like parts of the wavelengths from 2 to `side` pixels, so that all frequencies stay covered.
@@ -83,11 +83,10 @@ class GaborFilters(nn.Module):
         self.theta, self.psi, self.wavelength, self.bandwidth, self.aspect = (nn.Parameter(start[n]) for n in LEARNED)
 
     def _grid(self) -> dict[str, Tensor]:
-        """Where the learned numbers start: the middle of each band, even and odd phases, orientations spread evenly."""
-        place = torch.arange(self.count)
-        turns = -(-self.count // (2 * self.bands))
-        turn = (place // (2 * self.bands) + 0.5) / turns
-        phase = torch.where(place // self.bands % 2 == 0, 0.5, 0.75)  # psi = 0 and pi / 2
+        """Where the learned numbers start: bands x orientations spread evenly, even and odd waves by turns."""
+        turn = torch.arange(self.count) // self.bands
+        phase = torch.where(turn % 2 == 0, 0.5, 0.75)  # psi = 0 and pi / 2
+        turn = (turn + 0.5) / -(-self.count // self.bands)
         zero = torch.zeros(self.count)
         start = (torch.logit(turn), torch.logit(phase), zero, zero - 1.0, zero - 0.5)
         return dict(zip(LEARNED, start, strict=True))

@@ -14,7 +14,6 @@ calls an affine map with weights near zero "mlp", which makes all outputs about 
 for K kernels, and fresh kernels are K^(1/2) larger, so that the mixed kernel has the variance of a plain one.)
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput, UnknownName
+from opsin.layers.replace import with_layers_replaced
 
 PHI = ("mlp", "affine", "identity")
 SPREAD = 0.5  # of the coefficients at first, relative to their mean, over controls in the unit cube
@@ -207,18 +207,20 @@ def make_tunable(
     `set_control(net, w)` or `with controlled(net, w)` turns them all. Convolutions whose padding is not with zeros
     stay. Raises BadInput: nothing to replace.
     """
-    holder = nn.ModuleDict({"model": copy.deepcopy(model)})
     kinds = (nn.Conv2d, nn.Linear) if linear else (nn.Conv2d,)
-    found = [(name, m) for name, m in holder.named_modules() if type(m) in kinds]
-    found = [(name, m) for name, m in found if getattr(m, "padding_mode", "zeros") == "zeros"]
-    if not found:
+
+    def swap(layer: nn.Module) -> nn.Module | None:
+        plain = type(layer) in kinds and getattr(layer, "padding_mode", "zeros") == "zeros"
+        return _tunable(layer, controls, kernels, phi) if plain else None
+
+    new, count = with_layers_replaced(model, swap)
+    if not count:
         raise BadInput(f"{type(model).__name__} has no convolution that could be made tunable")
-    for name, layer in found:
-        holder.set_submodule(name, _tunable(layer, controls, kernels, phi))
-    return holder["model"]
+    return new
 
 
-def _tunable(layer: nn.Conv2d | nn.Linear, controls: int, kernels: int | None, phi: str) -> Tunable:
+def _tunable(layer: nn.Module, controls: int, kernels: int | None, phi: str) -> Tunable:
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
     bias = layer.bias is not None
     new: Tunable
     if isinstance(layer, nn.Linear):
