@@ -35,24 +35,21 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def instance_std(x: Map, eps: float) -> Float[Tensor, "n c 1 1"]:
-    """s_hw: the root of the biased variance of each sample and channel."""
-    return (precise(x).var((2, 3), correction=0, keepdim=True) + eps).sqrt().to(x.dtype)
+def moments(x: Float[Tensor, "n c t"]) -> tuple[Float[Tensor, "n c 1"], Float[Tensor, "n c 1"]]:
+    """Mean and biased variance over the last axis, in two passes: several times as fast as `var` on a CPU."""
+    x = precise(x)
+    mean = x.mean(2, keepdim=True)
+    return mean, (x - mean).square().mean(2, keepdim=True)
 
 
-def instance_rms(x: Map, eps: float) -> Float[Tensor, "n c 1 1"]:
-    """m_hw: the root of the mean square of each sample and channel."""
-    return (precise(x).square().mean((2, 3), keepdim=True) + eps).sqrt().to(x.dtype)
+def group_var(x: Map, groups: int) -> Float[Tensor, "n g 1"]:
+    """s^2_group: the biased variance of each sample over a group of channels."""
+    return moments(x.flatten(1).unflatten(1, (groups, -1)))[1]
 
 
-def group_std(x: Map, groups: int, eps: float) -> Float[Tensor, "n g 1"]:
-    """s_group: the same over a group of channels too."""
-    return (precise(x).flatten(2).unflatten(1, (groups, -1)).flatten(2).var(2, correction=0) + eps)[..., None].sqrt()
-
-
-def group_rms(x: Map, groups: int, eps: float) -> Float[Tensor, "n g 1"]:
-    """m_group: without taking the mean off."""
-    return (precise(x).square().flatten(2).unflatten(1, (groups, -1)).mean((2, 3)) + eps)[..., None].sqrt()
+def group_square(x: Map, groups: int) -> Float[Tensor, "n g 1"]:
+    """m^2_group: the mean square."""
+    return precise(x).flatten(1).unflatten(1, (groups, -1)).square().mean(2, keepdim=True)
 
 
 def on_map(vector: Float[Tensor, " c"], x: Map) -> Float[Tensor, "c 1 1"]:
@@ -98,7 +95,7 @@ class EvoNorm(nn.Module):
 
 
 class EvoNormB(EvoNorm):
-    """A layer with batch statistics: x / max(s_nhw, `floor(x)`)."""
+    """A layer with batch statistics: x / max(s_nhw, `floor`), both from the moments of each sample's channels."""
 
     def __init__(self, dim: int, eps: float | None = None, apply_act: bool = True, momentum: float = 0.1):
         super().__init__(dim, eps, apply_act)
@@ -106,22 +103,28 @@ class EvoNormB(EvoNorm):
         self.register_buffer("running_var", torch.ones(dim))
 
     def parts(self, x: Map) -> tuple[Map, Map]:
-        var = self.variance(x)
-        if self.training:
-            count = x.numel() // x.shape[1]
-            unbiased = var.detach() * (count / max(count - 1, 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return x, on_map(self.weight, x) / torch.maximum(on_map((var + self.eps).sqrt(), x), self.floor(x))
+        mean, var = moments(x.flatten(2))
+        batch = on_map((self._batch_var(mean, var, x) + self.eps).sqrt(), x)
+        return x, on_map(self.weight, x) / torch.maximum(batch, self.floor(x, mean[..., None], var[..., None]))
 
     def act(self, x: Map) -> Map:
-        return x / torch.maximum(on_map((self.variance(x) + self.eps).sqrt(), x), self.floor(x))
+        y = precise(x)
+        var = y.var((0, 2, 3), correction=0) if self.training else self.running_var
+        floor = self.floor(x, y.mean((2, 3), keepdim=True), y.var((2, 3), correction=0, keepdim=True))
+        return x / torch.maximum(on_map((var + self.eps).sqrt(), x), floor)
 
-    def variance(self, x: Map) -> Float[Tensor, " c"]:
+    def _batch_var(self, mean: Tensor, var: Tensor, x: Map) -> Float[Tensor, " c"]:
         """Biased, of the batch, in training; the running average of unbiased ones at inference."""
-        return precise(x).var((0, 2, 3), correction=0) if self.training else self.running_var
+        if not self.training:
+            return self.running_var
+        batch = var.mean((0, 2)) + (mean - mean.mean(0)).square().mean((0, 2))
+        count = x.numel() // x.shape[1]
+        unbiased = batch.detach() * (count / max(count - 1, 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return batch
 
-    def floor(self, x: Map) -> Map:
-        """What the divisor is at least."""
+    def floor(self, x: Map, mean: Float[Tensor, "n c 1 1"], var: Float[Tensor, "n c 1 1"]) -> Map:
+        """What the divisor is at least, from the moments of each sample and channel."""
         raise TypeError(f"{type(self).__name__} does not say what it divides by")
 
 
@@ -130,23 +133,23 @@ class EvoNormB0(EvoNormB):
 
     learned_v, eps = True, 1e-3
 
-    def floor(self, x: Map) -> Map:
-        return torch.addcmul(instance_std(x, self.eps), x, on_map(self.v, x))
+    def floor(self, x: Map, mean: Float[Tensor, "n c 1 1"], var: Float[Tensor, "n c 1 1"]) -> Map:
+        return torch.addcmul((var + self.eps).sqrt().to(x.dtype), x, on_map(self.v, x))
 
 
 class EvoNormB1(EvoNormB):
     """x / max(s_nhw, (x + 1) m_hw)."""
 
-    def floor(self, x: Map) -> Map:
-        rms = instance_rms(x, self.eps)
+    def floor(self, x: Map, mean: Float[Tensor, "n c 1 1"], var: Float[Tensor, "n c 1 1"]) -> Map:
+        rms = (var + mean.square() + self.eps).sqrt().to(x.dtype)
         return torch.addcmul(rms, x, rms)
 
 
 class EvoNormB2(EvoNormB):
     """x / max(s_nhw, m_hw - x)."""
 
-    def floor(self, x: Map) -> Map:
-        return instance_rms(x, self.eps) - x
+    def floor(self, x: Map, mean: Float[Tensor, "n c 1 1"], var: Float[Tensor, "n c 1 1"]) -> Map:
+        return (var + mean.square() + self.eps).sqrt().to(x.dtype) - x
 
 
 class EvoNormS(EvoNorm):
@@ -156,7 +159,7 @@ class EvoNormS(EvoNorm):
     Raises BadInput where the groups do not divide the channels.
     """
 
-    statistic: Callable[[Map, int, float], Float[Tensor, "n g 1"]] = staticmethod(group_std)
+    statistic: Callable[[Map, int], Float[Tensor, "n g 1"]] = staticmethod(group_var)
 
     def __init__(self, dim: int, groups: int | None = None, eps: float | None = None, apply_act: bool = True):
         super().__init__(dim, eps, apply_act)
@@ -165,13 +168,13 @@ class EvoNormS(EvoNorm):
             raise BadInput(f"groups={groups} does not divide the {dim} channels; take a divisor, or leave it out")
 
     def parts(self, x: Map) -> tuple[Map, Float[Tensor, "n c 1 1"]]:
-        inverse = self.statistic(x, self.groups, self.eps).reciprocal()
+        inverse = torch.rsqrt(self.statistic(x, self.groups) + self.eps)
         gain = (self.weight.view(self.groups, -1) * inverse).flatten(1)
         return self.gate(x) if self.apply_act else x, gain[..., None, None].to(x.dtype)
 
     def act(self, x: Map) -> Map:
-        root = self.statistic(x, self.groups, self.eps).repeat_interleave(self.dim // self.groups, 1)
-        return (self.gate(x) if self.apply_act else x) / root[..., None].to(x.dtype)
+        moment = self.statistic(x, self.groups).repeat_interleave(self.dim // self.groups, 1)
+        return (self.gate(x) if self.apply_act else x) / (moment + self.eps).sqrt()[..., None].to(x.dtype)
 
     def gate(self, x: Map) -> Map:
         """The numerator."""
@@ -194,7 +197,7 @@ class EvoNormS1(EvoNormS):
 class EvoNormS2(EvoNormS):
     """x sigmoid(x) / m_group."""
 
-    statistic = staticmethod(group_rms)
+    statistic = staticmethod(group_square)
 
 
 class EvoNormS0a(EvoNormS0):
