@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin.compress.quantiser import QUANTISABLE, QuantisedLayer, weight_of
+from opsin.compress.sparse import SparseLayer
 from opsin.data import Data
 from opsin.measure.cost import count_macs
 from opsin.measure.latency import latency
@@ -17,6 +18,9 @@ def weight_bits(model: nn.Module) -> float:
     for module in model.modules():
         if isinstance(module, QuantisedLayer):
             bits += 8 * module.codes.numel()
+            weights += torch.Size(module.shape).numel()
+        elif isinstance(module, SparseLayer):
+            bits += 8 * (module.values.element_size() * module.values.numel() + module.places.numel())
             weights += torch.Size(module.shape).numel()
         elif isinstance(module, QUANTISABLE):
             weight = weight_of(module)
