@@ -198,10 +198,10 @@ def run(budget: ClaimBudget) -> Evidence:
     landscape(experiment)
     training(experiment, seeds)
     notes = (
-        f"{len(WIDTHS) * 2} circular layers of widths {WIDTHS}, MaxMin, no norms and no bias; {STEPS} steps of AdamW on "
-        f"batches of {BATCH}; attack: {ATTACK_STEPS} steps within {EPSILON:.4f} in the maximum norm; the best "
-        "lambda is chosen on the images that it is judged on, as the claim puts it; Adam has a cosine schedule. A first "
-        "run with ReLU and a global mean, which shorten what orthogonal layers keep, found -1.9 points under attack and "
-        "-8.1 on clean images at the best lambda"
+        f"{len(WIDTHS) * 2} circular layers of widths {WIDTHS}, MaxMin, no norms and no bias; {STEPS} steps of AdamW "
+        f"on batches of {BATCH}; attack: {ATTACK_STEPS} steps within {EPSILON:.4f} in the maximum norm; the best "
+        "lambda is chosen on the images that it is judged on, as the claim puts it; Adam has a cosine schedule. "
+        "A first run with ReLU and a global mean, which shorten what orthogonal layers keep, found -1.9 points "
+        "under attack and -8.1 on clean images at the best lambda"
     )
     return experiment.evidence(budget, notes)
