@@ -163,7 +163,7 @@ def run(budget: ClaimBudget) -> Evidence:
         f"AdamW with one cosine cycle, {STEPS} steps of batch {BATCH} ({STEPS * BATCH / 10_000:.1f} epochs) where the "
         f"plan was 8 epochs of SGD: what fits the time. The small batches see {SMALL_IMAGES} images, with the rate "
         f"scaled by the root of the batch. The search judges {CANDIDATES} graphs, the first ones random until "
-        f"{INITIAL} have passed; graphs that do not read the input are left out of the share of rejections. The best layer is "
-        "chosen on one part of the digits and compared on another, from new seeds."
+        f"{INITIAL} have passed; graphs that do not read the input are left out of the share of rejections. The best "
+        "layer is chosen on one part of the digits and compared on another, from new seeds."
     )
     return experiment.evidence(budget, notes)

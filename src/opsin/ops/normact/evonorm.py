@@ -75,7 +75,8 @@ class EvoNorm(nn.Module):
 
     def forward(self, x: Map) -> Map:
         divides = self.apply_act or self.always_divides
-        return torch.addcmul(on_map(self.bias, x), *(self.parts(x) if divides else (x, on_map(self.weight, x))))
+        numerator, gain = self.parts(x) if divides else (x, on_map(self.weight, x))
+        return numerator * gain + on_map(self.bias, x)
 
     def reference(self, x: Map) -> Map:
         """gamma * act(x) + beta as it is written."""
@@ -134,15 +135,14 @@ class EvoNormB0(EvoNormB):
     learned_v, eps = True, 1e-3
 
     def floor(self, x: Map, mean: Float[Tensor, "n c 1 1"], var: Float[Tensor, "n c 1 1"]) -> Map:
-        return torch.addcmul((var + self.eps).sqrt().to(x.dtype), x, on_map(self.v, x))
+        return x * on_map(self.v, x) + (var + self.eps).sqrt().to(x.dtype)
 
 
 class EvoNormB1(EvoNormB):
     """x / max(s_nhw, (x + 1) m_hw)."""
 
     def floor(self, x: Map, mean: Float[Tensor, "n c 1 1"], var: Float[Tensor, "n c 1 1"]) -> Map:
-        rms = (var + mean.square() + self.eps).sqrt().to(x.dtype)
-        return torch.addcmul(rms, x, rms)
+        return (x + 1) * (var + mean.square() + self.eps).sqrt().to(x.dtype)
 
 
 class EvoNormB2(EvoNormB):

@@ -132,7 +132,7 @@ class GraphNorm(nn.Module):
             else:
                 values[number] = UNARY[op](given[0]) if op in UNARY else self._moment(number, op, given[0], x)
         y = values[INITIAL + len(self.graph.nodes) - 1].broadcast_to(x.shape)
-        return torch.addcmul(on_map(self.bias, x), y, on_map(self.weight, x))
+        return y * on_map(self.weight, x) + on_map(self.bias, x)
 
     def _moment(self, number: int, op: str, y: Tensor, x: Tensor) -> Tensor:
         """A mean, or the root of a variance or mean square, over the axes that the name says."""

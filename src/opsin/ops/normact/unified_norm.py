@@ -147,7 +147,7 @@ class _Normalise(torch.autograd.Function):
         back = ctx.norm.observe_gradient(weight * ratio * scale * product / ctx.count, skipped, step)
         pull = (back * scale.square()).to(x.dtype)
         pull = pull if valid is None else pull * valid[..., None]
-        grad_x = torch.addcmul(grad * (weight * ratio * scale).to(x.dtype), x, pull, value=-1)
+        grad_x = (grad * (weight * ratio * scale).to(x.dtype)).addcmul_(x, pull, value=-1)
         return grad_x, (ratio * scale * product).to(weight.dtype), grad.sum(axes).to(weight.dtype), None, None
 
 
