@@ -96,32 +96,29 @@ def _engine(
     u: Tensor, needed: int, causal: bool, backend: Backend, factors: tuple[int, ...] | None
 ) -> tuple[Engine, int]:  # fmt: skip
     """What computes, and the size of the transform: free above `needed` for padded convolutions."""
-    power = 1 << max(4, (needed - 1).bit_length())
-    if backend in ("auto", "triton"):
-        fits = needed == power or causal
-        if backend == "triton":
-            require_kernel(u)
-        if fits and (backend == "triton" or kernel_wanted(u)):
-            from opsin.ops.spectral.flashfftconv_triton import FusedMonarch, fused_factors
-
-            if (chosen := factors or fused_factors(power)) is not None:
-                return FusedMonarch(chosen), prod(chosen)
-        if backend == "triton":
-            raise BadInput(f"there is no fused kernel for a transform of size {needed}; take backend='fft'")
-    if backend == "monarch":
-        n = prod(factors) if factors else power if causal else needed
-        if n < needed or (n > needed and not causal):
-            raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
-        return Monarch(factors), n
-    if backend not in ("auto", "fft"):
+    if backend not in ("auto", "fft", "monarch", "triton"):
         raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
+    n = prod(factors) if factors else 1 << max(8, (needed - 1).bit_length()) if causal else needed
+    if n < needed or (n > needed and not causal):
+        raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
+    if backend == "triton":
+        require_kernel(u)
+    if backend == "triton" or (backend == "auto" and kernel_wanted(u)):
+        from opsin.ops.spectral.flashfftconv_triton import FusedMonarch, fused_factors
+
+        if (chosen := factors or fused_factors(n, u.device)) is not None:
+            return FusedMonarch(chosen), n
+        if backend == "triton":
+            raise BadInput(f"there is no fused kernel for a transform of size {n} on this device; take backend='fft'")
+    if backend == "monarch":
+        return Monarch(factors), n
     return Fourier(), fast_length(needed) if causal else needed
 
 
 def _check(u: Tensor, k: Tensor, gates: Gates, causal: bool) -> None:
     if u.ndim != 3 or k.ndim != 2 or u.shape[1] != k.shape[0]:
-        raise BadInput(f"fft_conv takes u (batch, features, length) and k (features, taps), not {tuple(u.shape)} and "
-                       f"{tuple(k.shape)}")  # fmt: skip
+        shapes = f"{tuple(u.shape)} and {tuple(k.shape)}"
+        raise BadInput(f"fft_conv takes u (batch, features, length) and k (features, taps), not {shapes}")
     if not causal and k.shape[1] > u.shape[2]:
         raise BadInput(f"a circular convolution of {u.shape[2]} positions has at most as many taps, not {k.shape[1]}")
     for gate in gates:

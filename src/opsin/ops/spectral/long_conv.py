@@ -147,15 +147,15 @@ class LongConv2d(RasterOperator):
 
 
 def remap(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and layout of HazyResearch/safari to ours.
-
-    Its standalone layer keeps one kernel of 2L taps at FFT size 2L, whose second half wraps around: tap 2L - m has the
-    lag -m. That is a kernel of the other direction, flipped. A kernel with as many taps as ours stays as it is.
-    """
+    """Names of HazyResearch/safari's layer to ours. Kernels of its standalone layer go through `split_wrapped`, too."""
     return {name.replace("kernel.kernel", "kernel"): tensor for name, tensor in state.items()}
 
 
 def split_wrapped(kernel: Float[Tensor, "c h two_t"]) -> Float[Tensor, "two_c h t"]:
-    """A standalone kernel of safari (see `remap`) as the two directions of a bidirectional LongConv."""
+    """A kernel of safari's standalone layer as the two directions of a bidirectional LongConv.
+
+    That layer has 2L taps at FFT size 2L, meant to be causal; but the second half wraps around, and tap 2L - m has the
+    lag -m. That is a kernel of the other direction, farthest tap first.
+    """
     back, ahead = kernel.chunk(2, -1)
     return torch.cat((back, ahead.flip(-1)))

@@ -239,9 +239,7 @@ def best_factors(n: int, accelerator: Accelerator = Accelerator(), most: int = 4
     """
     choices = [f for order in range(1, most + 1) for f in _factorisations(n, order, 64)]
     if not choices:
-        raise BadInput(
-            f"a transform of size {n} has no decomposition into matrices of up to 64; pad it to a power of 2"
-        )
+        raise BadInput(f"a transform of size {n} does not split into matrices of up to 64; pad it to a power of 2")
     return min(choices, key=lambda f: accelerator.seconds(f) if f else inf)
 
 
