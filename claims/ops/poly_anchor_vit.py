@@ -148,7 +148,7 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.check("clean less worst-case accuracy, anchored (points)", lost, "==", 0.0)
     return experiment.evidence(
         budget,
-        notes=f"ViT of width 64, depth 4, patches of 4, {steps} steps of 128; random circular shifts, 16 per image. When "
+        notes=f"ViT of width 64, depth 4, patches of 4, {steps} steps of 128; 16 random circular shifts an image. When "
         "zeros come in instead, invariance is only approximate (recorded). The published strides do not divide the 56 "
         "and 112 pixels intended for the exact part, so those networks see 224, and small ones with other strides 32. "
         "The patch embedding of three channels, which costs little in all, is outside the criterion of time.",

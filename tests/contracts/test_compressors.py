@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import opsin
-from opsin.catalog import list_cards
+from opsin.backbones.vit import VisionTransformer
+from opsin.catalog import card_of, list_cards
 from opsin.compress import Budget, Compressed, Report
 from opsin.compress.measured import measured
 from opsin.data import Data
+from opsin.measure.cost import count_macs
+from opsin.train.bare import train
 
 COMPRESSORS = [name for card in list_cards("compressor") for name in card.names]
 
@@ -55,6 +58,25 @@ def network() -> nn.Module:
         nn.functional.cross_entropy(net(x), y).backward()
         optimiser.step()
     return net.eval()
+
+
+def transformer() -> nn.Module:
+    """A trained ViT, for compressors that drop tokens."""
+    torch.manual_seed(0)
+    net = VisionTransformer(dim=16, depth=5, num_heads=2, patch_size=3, image_size=12, num_classes=2)
+    return train(net, *images(), steps=30, seed=0, batch=64, lr=3e-3, augment=False)
+
+
+def fewer_macs() -> Budget:
+    """Nine tenths of the transformer's multiply-accumulates."""
+    return Budget(macs=int(0.9 * count_macs(transformer(), torch.rand(1, 3, 12, 12))))
+
+
+def suit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the checks a network that this compressor is for, and a budget that it can meet."""
+    if "ViT" in card_of(name).facts.get("needs", ""):
+        monkeypatch.setitem(globals(), "network", transformer)
+        monkeypatch.setitem(globals(), "budget", fewer_macs)
 
 
 def budget() -> Budget:
@@ -104,12 +126,14 @@ def member(name: str):
 
 @pytest.mark.parametrize("name", [n for n in COMPRESSORS if n != "zeroq_w8a8"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
-def test_contract(name, check):
+def test_contract(name, check, monkeypatch):
+    suit(name, monkeypatch)
     check(member(name))
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_saved_models(name, tmp_path, monkeypatch):
+    suit(name, monkeypatch)
     if name == "zeroq_w8a8":
         monkeypatch.setitem(globals(), "budget", lambda: Budget(bits=8))
     check_saved_model_needs_no_compressor(member(name), tmp_path / "m.pt2")

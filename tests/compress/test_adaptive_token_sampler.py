@@ -1,0 +1,213 @@
+"""Adaptive token sampling: the choice, batches, the cost that is met, and the official sampler's numbers."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import opsin
+from opsin.backbones.vit import VisionTransformer
+from opsin.compress import Budget
+from opsin.compress.adaptive_token_sampler import (
+    AdaptiveTokenSampler,
+    SampledViT,
+    first_tokens,
+    insert,
+    inverse_transform,
+    random_choice,
+    significance,
+    top_k,
+    trace,
+)
+from opsin.data import Data
+from opsin.errors import BadInput
+from opsin.measure.cost import count_macs
+
+# adaptivetokensampling/ATS, AdaptiveTokenSampler: patches kept of these scores, with 9 and with 17 reference tokens.
+OFFICIAL = {
+    9: [[1, 3, 4, 6, 8, 11, 12, 13], [0, 1, 2, 4, 5, 7, 12, 14]],
+    17: [[1, 4, 6, 8, 9, 11, 12, 13, 14, 15], [0, 1, 2, 4, 5, 7, 9, 10, 11, 12, 14]],
+}
+
+
+def network(**options) -> VisionTransformer:
+    """A ViT of 26 tokens whose attention is peaked, as after training."""
+    torch.manual_seed(3)
+    vit = VisionTransformer(dim=16, depth=5, num_heads=2, patch_size=4, image_size=20, num_classes=3, **options)
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.attn.qkv.weight.mul_(20)
+        vit.pos_embed.mul_(20)
+    return vit.double().eval()
+
+
+def images(n: int = 6, seed: int = 0) -> Tensor:
+    """From flat to busy."""
+    noise = torch.randn(n, 3, 20, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise * torch.linspace(0.05, 2, n, dtype=torch.float64)[:, None, None, None]
+
+
+def kept(choice, scores: Tensor, tokens: int, exists: Tensor | None = None) -> list[list[int]]:
+    exists = torch.ones_like(scores, dtype=torch.bool) if exists is None else exists
+    return [row.nonzero().flatten().tolist() for row in choice(scores, exists, tokens)]
+
+
+def normalised(scores: Tensor) -> Tensor:
+    return scores / scores.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("tokens", OFFICIAL)
+def test_the_choice_of_the_official_sampler(tokens):
+    scores = normalised(torch.sin(1.3 * torch.arange(32.0)).view(2, 16).abs().pow(3))
+    assert kept(inverse_transform, scores, tokens) == OFFICIAL[tokens]
+
+
+def test_flat_scores_keep_many_and_peaked_ones_few():
+    flat, peaked = 1 + 0.01 * torch.rand(1, 40), 1e-4 * torch.rand(1, 40)
+    peaked[:, 7] = 1.0
+    counts = [len(kept(inverse_transform, normalised(s), 41)[0]) for s in (flat, peaked)]
+    assert counts[0] >= 38 and counts[1] <= 3
+    assert 7 in kept(inverse_transform, normalised(peaked), 41)[0]
+
+
+def test_the_points_start_at_the_first_value_above_zero():
+    """The trap: from 0 on, the least token, whose cumulative score is 0, would always stay."""
+    scores = normalised(torch.tensor([[0.1, 1.0, 2.0, 3.0, 4.0]]))
+    assert kept(inverse_transform, scores, 6) == [[1, 2, 3, 4]]
+
+
+def test_fillings_do_not_move_the_points():
+    """The trap: a cumulative sum that starts at the fillings' 0 would keep the least token of padded images."""
+    scores = normalised(torch.tensor([[0.1, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0]]))
+    exists = torch.tensor([[True] * 5 + [False] * 2])
+    assert kept(inverse_transform, scores, 6, exists) == [[1, 2, 3, 4]]
+    assert kept(inverse_transform, scores[:, :1], 6, exists[:, :1]) == [[0]], "one token alone stays"
+
+
+def test_baselines_keep_equal_numbers():
+    scores = normalised(torch.rand(3, 20))
+    exists = torch.ones(3, 20, dtype=torch.bool)
+    exists[0, :10] = False
+    for choice in (top_k, random_choice):
+        rows = kept(choice, scores, 9, exists)
+        assert [len(row) for row in rows] == [8, 8, 8] and min(rows[0]) >= 10
+    best = scores[1].topk(8).indices.tolist()
+    assert kept(top_k, scores, 9)[1] == sorted(best) != kept(random_choice, scores, 9)[1]
+
+
+@torch.no_grad()
+def test_scores_are_attention_times_the_length_of_the_value():
+    q, k, v = torch.randn(3, 2, 4, 9, 5).unbind()
+    weights = (0.5 * q @ k.transpose(2, 3)).softmax(-1)[:, :, 0].sum(1)
+    length = v.transpose(1, 2).flatten(2).norm(dim=2)
+    exists = torch.ones(2, 9, dtype=torch.bool)
+    for score, plain in (("attention_value", weights * length), ("attention", weights)):
+        found = significance(q[:, :, 0], k, v, 0.5, exists, score)
+        assert torch.allclose(found, normalised(plain[:, 1:]), atol=1e-6), "the class token takes no part"
+
+
+@torch.no_grad()
+def test_all_tokens_kept_is_the_plain_network():
+    vit, x = network(), images()
+    assert torch.allclose(SampledViT(vit, 1, choice="top_k")(x), vit(x), atol=1e-12)
+    assert not torch.allclose(SampledViT(vit, 1)(x), vit(x), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1.0, 0.5, 12])
+def test_a_batch_is_its_images_one_by_one(tokens):
+    sampled, x = SampledViT(network(), 1, tokens), images()
+    counts = torch.stack([exists.sum(1) for exists in sampled.run(x)[1]]).double()
+    assert counts.std(1).max() > 0, "images keep different numbers"
+    assert all(exists[:, 0].all() for exists in sampled.run(x)[1]), "the class token stays"
+    assert all(exists.sum(1).max() == exists.shape[1] for exists in sampled.run(x)[1]), "cut to the longest"
+    assert torch.allclose(sampled(x), torch.cat([sampled(image[None]) for image in x]), atol=1e-12)
+    assert (counts[1:] <= counts[:-1]).all() and counts.max() <= sampled.limit(26, 0)
+
+
+@torch.no_grad()
+def test_kept_tokens_still_read_all_tokens_of_their_block():
+    """Soft down-sampling: the block is the plain block, of which some rows are taken."""
+    vit, x = network(), images()
+    sampled, z = SampledViT(vit, 0, 10), first_tokens(vit, x)
+    y, exists = sampled.sampled(vit.blocks[0], z, torch.ones(z.shape[:2], dtype=torch.bool), 10)
+    plain = vit.blocks[0](z)
+    for i in range(len(x)):
+        away = (y[i][exists[i]][:, None] - plain[i][None]).abs().amax(2)
+        assert away.amin(1).max() < 1e-10 and torch.allclose(y[i, 0], plain[i, 0])
+
+
+def test_gradients_flow_and_the_choice_has_none():
+    sampled = SampledViT(network(), 1).train()
+    sampled(images()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in sampled.parameters())
+
+
+@pytest.mark.parametrize("tokens", [1.0, 12])
+def test_exported_programs_mask_what_eager_drops(tokens):
+    sampled, x = SampledViT(network(), 1, tokens).eval(), images()
+    program = torch.export.export(sampled, (x,)).module()
+    with torch.no_grad():
+        assert torch.allclose(program(x), sampled(x), atol=1e-12)
+        other = images(seed=1)
+        assert torch.allclose(program(other), sampled(other), atol=1e-12), "another image, other tokens"
+
+
+def test_cost_by_formula_is_the_cost_that_is_counted():
+    vit, x = network(), images()
+    sampled = SampledViT(vit, 1)
+    found = trace(sampled, x, count_macs(vit, x[:1]))
+    assert found.macs.tolist() == [count_macs(sampled, image[None]) for image in x]
+    assert found.counts.shape == (6, 4) and found.macs.std() > 0
+
+
+def data(n: int = 20) -> Data:
+    pairs = [(image.float(), i % 3) for i, image in enumerate(images(n))]
+    return Data("waves", "classify", {"train": pairs, "val": pairs}, ("a", "b", "c"), 3, (20, 20))
+
+
+def test_the_largest_number_within_the_budget():
+    vit = network().float()
+    model = nn.Sequential(nn.Identity(), deepcopy(vit))
+    plain = count_macs(vit, images(1).float())
+    result = AdaptiveTokenSampler(first=1)(model, data(), Budget(macs=int(0.42 * plain)))
+    details, sampled = result.report.details, result.model[1]
+    counted = [count_macs(result.model, image[None]) for image, _ in data().val]
+    assert details["macs_mean"] == pytest.approx(sum(counted) / len(counted)) and details["macs_mean"] <= 0.42 * plain
+    assert count_macs(result.model, result.example) <= 0.42 * plain
+    assert sampled.tokens < 26
+    sampled.tokens += 1
+    more = [count_macs(result.model, image[None]) for image, _ in data().val]
+    assert sum(more) / len(more) > 0.42 * plain, "one more would not fit"
+    assert isinstance(model[1], VisionTransformer), "the original stays"
+
+
+def test_the_published_network():
+    with torch.device("meta"):
+        vit = opsin.create("vit_small_patch16_224")
+    sampled = insert(vit, **vars_of(opsin.create("ats_deit_s")))[1]
+    assert (sampled.first, len(vit.blocks[sampled.first :]), sampled.limit(197, 0)) == (3, 9, 197)
+    assert sum(p.numel() for p in sampled.parameters()) == pytest.approx(22.05e6, rel=0.005)
+
+
+def vars_of(sampler: AdaptiveTokenSampler) -> dict[str, object]:
+    return {name: getattr(sampler, name) for name in ("first", "tokens", "choice", "score")}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: SampledViT(network(global_pool="avg"), 1), "class token"),
+        (lambda: SampledViT(network(), 5), "names no block"),
+        (lambda: SampledViT(network(), choice="best"), "the choices are"),
+        (lambda: AdaptiveTokenSampler()(nn.Linear(3, 3), data()), "0 plain ViTs"),
+        (lambda: AdaptiveTokenSampler()(network(), None, Budget(macs=1)), "pass data"),
+        (lambda: AdaptiveTokenSampler()(network()), "input_size"),
+        (lambda: AdaptiveTokenSampler(first=1)(network().float(), data(), Budget(macs=1000)), "cannot meet macs"),
+        (lambda: AdaptiveTokenSampler(first=1)(network().float(), data(), Budget(bytes=10)), "MACs only"),
+    ],
+)
+def test_what_does_not_fit_says_so(wrong, message):
+    with pytest.raises(BadInput, match=message):
+        wrong()
