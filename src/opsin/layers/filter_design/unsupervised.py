@@ -54,7 +54,7 @@ class Whitening:
         """The symmetric whitening V (D + epsilon)^(-1/2) V^t."""
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T.cov(correction=0).double())
-        return cls(mean, ((vectors * (values + epsilon).rsqrt()) @ vectors.T).to(patches.dtype))
+        return cls(mean, ((vectors * (values.clamp(min=0) + epsilon).rsqrt()) @ vectors.T).to(patches.dtype))
 
     def __call__(self, patches: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         return (patches - self.mean) @ self.matrix

@@ -1,7 +1,8 @@
 """Filters made by hand under learned mixing: every channel through a fixed bank, then a 1 x 1 convolution.
 
 Of the toolbox `filter_design`: y = M (x * f_1, .., x * f_B) with B fixed k x k filters f and a learned M of C x (C B).
-It is a dense convolution whose filters are held to the span of the bank; `fuse()` returns that.
+It is a dense convolution whose filters are held to the span of the bank, and is computed so where that is faster;
+`fuse()` returns it.
 """
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from opsin.errors import BadInput
 from opsin.layers.filter_design import bank as filters_of
+
+DENSE_GAIN = 4  # multiply-adds per second of a dense convolution over those of the two steps, on a processor
 
 
 class FilterBank(nn.Module):
@@ -30,12 +33,21 @@ class FilterBank(nn.Module):
         nn.init.kaiming_normal_(self.mixing.weight, nonlinearity="linear")
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        if not self.dense:
+            return self.reference(x)
+        return F.conv2d(x, self.kernel(), padding=self.bank.shape[-1] // 2)
+
+    def reference(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """The definition: every channel through the bank, then the mixing."""
         taps = self.bank[:, None].repeat(x.shape[1], 1, 1, 1)
         return self.mixing(F.conv2d(x, taps, padding=self.bank.shape[-1] // 2, groups=x.shape[1]))
 
-    def reference(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """One dense convolution with the mixed filters."""
-        return F.conv2d(x, self.kernel(), padding=self.bank.shape[-1] // 2)
+    @property
+    def dense(self) -> bool:
+        """Whether one convolution with the mixed filters beats the two steps, though it may multiply more often."""
+        filters, taps = len(self.bank), self.bank[0].numel()
+        channels = self.mixing.out_channels
+        return channels * taps <= DENSE_GAIN * filters * (taps + channels)
 
     def kernel(self) -> Float[Tensor, "c c k k"]:
         """The filters of the dense convolution."""
