@@ -172,7 +172,7 @@ def fit_field(
         rows = slice(None) if points is None else torch.randint(len(places), (points,), generator=draw)
         loss = 0.5 * F.mse_loss(field(places[rows]), values[rows])
         if not loss.isfinite():
-            raise TrainingFailed(f"the loss of the field is {float(loss)} at step {step}; take a smaller lr than {lr}")
+            raise TrainingFailed(f"the loss of the field is {loss.item()} at step {step}; take a smaller lr than {lr}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
