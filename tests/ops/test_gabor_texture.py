@@ -80,7 +80,7 @@ def test_numbers_stay_in_range_and_in_their_band():
 
 
 def test_the_start_is_a_grid_over_bands_and_orientations():
-    v = GaborFilters(24).values()
+    v = {name: value.detach() for name, value in GaborFilters(24).values().items()}
     assert torch.allclose(v["theta"].unique(), (torch.arange(6) + 0.5) * math.pi / 6)
     assert len(v["wavelength"].unique()) == 4 and 2 < v["wavelength"].min() < 3 and v["wavelength"].max() > 8
     assert torch.allclose(v["psi"].unique(), torch.tensor([0.0, math.pi / 2]), atol=1e-6)

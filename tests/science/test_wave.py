@@ -84,6 +84,20 @@ def test_steps_beyond_the_limit_are_refused_and_would_explode():
         solve(start, speed[:, 1:], 0.1, 10)
 
 
+def test_a_source_accelerates_the_field():
+    still, force = torch.zeros(2, 6, 6, dtype=torch.float64), torch.rand(2, 1, 1, 1, dtype=torch.float64)
+    source = force.expand(2, 10, 6, 6)
+    fields = solve(still, still + 1, 0.5, 10, source=source, boundary="periodic")
+    times = 0.5 * torch.arange(11)[:, None, None]
+    assert torch.allclose(fields, (0.5 * force * times**2).expand_as(fields)), "u = f t^2 / 2 where nothing varies"
+    spot = torch.zeros(2, 10, 6, 6, dtype=torch.float64)
+    spot[:, 3, 2, 2] = 4.0
+    fields = solve(still, still + 1, 0.5, 10, source=spot)
+    assert not fields[:, :4].any() and (fields[:, 4, 2, 2] == 1).all(), "a kick of dt^2 f at its step"
+    with pytest.raises(BadInput, match="each of the 10 steps"):
+        solve(still, still + 1, 0.5, 10, source=source[:, 1:])
+
+
 def test_laplacian():
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     inside = laplacian((x**2 + 3 * y**2)[None], dx=0.5)[0, 1:-1, 1:-1]

@@ -1,12 +1,13 @@
 """The wave equation on a grid, as data for surrogates: pulses that run through layered media.
 
-    u_tt = c(x, y)^2 (u_xx + u_yy)
+    u_tt = c(x, y)^2 (u_xx + u_yy) + f(t, x, y)
 
 by leap-frog steps with the five-point Laplacian L,
 
-    u^{t+1} = 2 u^t - u^{t-1} + (c dt)^2 L u^t,      stable for  c dt sqrt(2) / dx <= 1  (Courant, Friedrichs, Lewy)
+    u^{t+1} = 2 u^t - u^{t-1} + (c dt)^2 L u^t + dt^2 f^t
 
-which keep one quadratic form of two successive fields exactly, the discrete energy
+stable for c dt sqrt(2) / dx <= 1 (Courant, Friedrichs and Lewy), which without a source f keep one quadratic form of
+two successive fields exactly, the discrete energy
 
     E = 1/2 sum ((u^{t+1} - u^t) / (c dt))^2 - 1/2 sum u^{t+1} L u^t.
 
@@ -51,26 +52,34 @@ def energy(
 
 def solve(
     start: Field, speed: Field, dt: float, steps: int, *, dx: float = 1.0, velocity: Field | None = None,
-    boundary: Boundary = "fixed", every: int = 1,
+    source: Float[Tensor, "n s h w"] | None = None, boundary: Boundary = "fixed", every: int = 1,
 ) -> Float[Tensor, "n t h w"]:  # fmt: skip
     """The fields at steps 0, every, 2 every, ... up to `steps`.
 
-    velocity: u_t at the start, zero by default. Raises BadInput: a time step that is not stable, or fields that do
-    not fit each other.
+    velocity: u_t at the start; source: f at the steps 0 to `steps` - 1; both zero by default.
+    Raises BadInput: a time step that is not stable, or fields that do not fit each other.
     """
     if start.shape != speed.shape:
         raise BadInput(f"the start {tuple(start.shape)} and the speeds {tuple(speed.shape)} differ in shape")
+    if source is not None and source.shape != (len(start), steps, *start.shape[1:]):
+        raise BadInput(f"the source {tuple(source.shape)} needs one field for each of the {steps} steps")
     if dt > stable_step(speed, dx):
         raise BadInput(f"dt={dt:.4g} is not stable for these speeds; take at most {stable_step(speed, dx):.4g}")
-    courant = (speed * dt) ** 2
-    before, u = start, start + 0.5 * courant * laplacian(start, dx, boundary)
+
+    def push(u: Field, step: int) -> Field:
+        """dt^2 u_tt of a field."""
+        pull = (speed * dt) ** 2 * laplacian(u, dx, boundary)
+        return pull if source is None else pull + dt**2 * source[:, step]
+
+    before, u = start, start + 0.5 * push(start, 0)
     if velocity is not None:
         u = u + dt * velocity
     kept = [start]
     for step in range(1, steps + 1):
+        if step > 1:
+            before, u = u, 2 * u - before + push(u, step - 1)
         if step % every == 0:
             kept.append(u)
-        before, u = u, 2 * u - before + courant * laplacian(u, dx, boundary)
     return torch.stack(kept, 1)
 
 
