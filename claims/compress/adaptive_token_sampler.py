@@ -6,6 +6,7 @@ the scores' entropy. Exact: all tokens kept is the plain ViT; a batch is its ima
 """
 
 import statistics
+import time
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -79,6 +80,19 @@ def cost(sampled: SampledViT, images: Tensor, plain: int) -> Trace:
     return trace(sampled, inner_images(sampled, sampled, images), plain)
 
 
+@torch.no_grad()
+def relative_time(net: torch.nn.Module, plain: torch.nn.Module, images: Tensor, rounds: int = 7) -> float:
+    """Median time of a batch over that of the plain network, in turns."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds + 1):
+        for spent, model in zip(times, (net, plain), strict=True):
+            start = time.perf_counter()
+            model(images)
+            if turn:
+                spent.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
 def run(budget: ClaimBudget) -> Evidence:
     seeds, steps = range(budget.seeds), max(5, round(budget.seconds * 4 / 3))
     experiment = Experiment(
@@ -120,6 +134,8 @@ def run(budget: ClaimBudget) -> Evidence:
             scores[name].append(accuracy(net, images, labels))
         tokens = {f"K = {sampled.tokens}": found.counts.mean(0).tolist(), "K = N": full.counts.mean(0).tolist()}
         experiment.record(f"mean tokens per sampled block, seed {seed}", tokens)
+        slower = {n: relative_time(nets[n], vit, images[:50]) for n in ("sampled", "K = N")}
+        experiment.record(f"time over the plain net's, 50 images, seed {seed}", slower)
         experiment.record(f"saved at K = N, seed {seed} (percent)", 100 * (1 - float(full.macs.mean()) / plain))
     experiment.record("percent", scores)
     conclude(experiment, scores, saved, spread, follows)

@@ -31,6 +31,7 @@ from opsin.compress import Budget, Compressed, Report
 from opsin.compress.measured import accuracy, measured
 from opsin.data import Data
 from opsin.errors import BadInput
+from opsin.layers.tokens import taken
 
 Score = Literal["attention_value", "attention"]
 FEWEST = 8  # tokens, as in the official code
@@ -52,8 +53,11 @@ def inverse_transform(
     cdf = (total - least) / (total[:, -1:] - least).clamp_min(torch.finfo(total.dtype).tiny)
     start = cdf.masked_fill(~exists | (cdf <= 0), torch.inf).amin(1, keepdim=True).clamp_max(1.0)
     points = start + (1 - start) * torch.linspace(0, 1, tokens - 1, device=scores.device, dtype=scores.dtype)
-    far = (cdf.masked_fill(~exists, torch.inf)[:, None] - points[:, :, None]).abs()
-    return torch.zeros_like(exists).scatter_(1, order.gather(1, far.argmin(2)), True)
+    cdf = cdf.masked_fill(~exists, -torch.inf)
+    right = (cdf[:, None] < points[:, :, None]).sum(2).clamp_max(cdf.shape[1] - 1)
+    left = (right - 1).clamp_min(0)
+    nearest = torch.where(points - cdf.gather(1, left) <= cdf.gather(1, right) - points, left, right)
+    return torch.zeros_like(exists).scatter_(1, order.gather(1, nearest), True)
 
 
 def top_k(scores: Float[Tensor, "n p"], exists: Bool[Tensor, "n p"], tokens: int) -> Bool[Tensor, "n p"]:
@@ -141,12 +145,13 @@ class SampledViT(nn.Module):
         with torch.no_grad():
             scores = significance(q[:, :, 0], k, v, block.attn.scale, exists, self.score)
             keep = F.pad(CHOICES[self.choice](scores, exists[:, 1:], tokens), (1, 0), value=True)
-            kept = keep.long().argsort(dim=1, descending=True, stable=True)[:, : self._width(keep, tokens)]
+            late = torch.arange(keep.shape[1], device=keep.device)
+            kept = (2 * late[-1] * keep - late).topk(self._width(keep, tokens)).indices  # in their order, then the rest
             still = keep.gather(1, kept)
         mask = exists[:, None, None] if torch.compiler.is_compiling() or not exists.all() else None
-        q = q.gather(2, kept[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        q = taken(q.transpose(1, 2).flatten(2), kept).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.attn.scale)
-        z = z.gather(1, kept[..., None].expand(-1, -1, z.shape[2]))
+        z = taken(z, kept)
         z = z + block.drop_path(block.ls1(block.attn.proj(read.transpose(1, 2).flatten(2))))
         return z + block.drop_path(block.ls2(block.mlp(block.norm2(z)))), still
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opsin.layers.tokens import taken
 from opsin.layers.windows import pad_to_windows, partition
 from opsin.ops.attention.window_attention import WindowAttention
 
@@ -42,12 +43,6 @@ def rolled(size: tuple[int, int], by: tuple[Int[Tensor, " n"], Int[Tensor, " n"]
     """The flat index that comes to every place when a plane of `size` is moved up and left by `by`, circularly."""
     rows, columns = ((torch.arange(s, device=b.device) + b[:, None]) % s for s, b in zip(size, by, strict=True))
     return rows[:, :, None] * size[1] + columns[:, None, :]
-
-
-def taken(tokens: Float[Tensor, "n x c"], index: Int[Tensor, "n t"]) -> Float[Tensor, "n t c"]:
-    """Every sample's tokens in an order of its own."""
-    start = torch.arange(tokens.shape[0], device=tokens.device)[:, None] * tokens.shape[1]
-    return tokens.flatten(0, 1).index_select(0, (index + start).flatten()).unflatten(0, index.shape)
 
 
 def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
