@@ -1,7 +1,7 @@
 """What every task model must pass, whatever its task: losses with targets, typed predictions without, and it learns.
 
-Runs over the cards of the kinds classifier, detector, dense and embedder as they come (there are none yet), over the
-package's own classifier, and over broken members.
+Runs over the cards of the kinds classifier, dense and embedder as they come, over the package's own classifier, and
+over broken members. Detectors have checks of their own in `test_detectors.py`.
 """
 
 from dataclasses import is_dataclass
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import opsin
 from opsin.catalog import list_cards
-from opsin.tasks import Classes, Dense, Detections, Embeddings, TaskModel
+from opsin.tasks import Classes, Dense, Embeddings, TaskModel
 from opsin.tasks.classify import Classifier
 
-KINDS = {"classifier": Classes, "detector": Detections, "dense": Dense, "embedder": Embeddings}
+KINDS = {"classifier": Classes, "dense": Dense, "embedder": Embeddings}
 MEMBERS = [(card.kind, name) for kind in KINDS for card in list_cards(kind) for name in card.names]
 
 

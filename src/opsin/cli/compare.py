@@ -9,7 +9,7 @@ import typer
 def command(
     data: Annotated[str, typer.Argument(help="A data set's name, folder or file.")],
     models: Annotated[str, typer.Option(help='Names or specs: "convnext_tiny,metanet_xt(mixer=*)".')],
-    task: Annotated[str | None, typer.Option(help="classify, segment or restore; by default the data's.")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, segment, detect, restore; by default the data's.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe for every trial; may be repeated.")] = None,
     budget: Annotated[str | None, typer.Option(help="Training time of each trial (3m unless --epochs).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data, instead of a budget.")] = None,

@@ -9,7 +9,7 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help='A name or spec, e.g. "metanet_xt(mixer=tvconv)".')],
     data: Annotated[str, typer.Argument(help="A data set's name, or a folder or file.")],
-    task: Annotated[str | None, typer.Option(help="classify, segment or restore; by default the data's.")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, segment, detect, restore; by default the data's.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="A recipe; may be given several times.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     budget: Annotated[str | None, typer.Option(help="Time for training and validation, e.g. 90s, 5m.")] = None,

@@ -6,6 +6,7 @@ A task model's `forward(images, targets)` returns losses by name; `forward(image
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -43,6 +44,15 @@ class Detections:
 
     boxes: list[Boxes]
     scores: list[Float[Tensor, " n"]]
+
+    @property
+    def table(self) -> Float[Tensor, "b n 6"]:
+        """All of it in one tensor: corners, score, class. For detectors that give each image as many boxes."""
+        rows = [
+            torch.cat((boxes.boxes, scores[:, None], boxes.labels[:, None].to(scores.dtype)), 1)
+            for boxes, scores in zip(self.boxes, self.scores, strict=True)
+        ]
+        return torch.stack(rows)
 
 
 @dataclass

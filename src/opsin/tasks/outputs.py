@@ -4,9 +4,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin.errors import BadInput
-from opsin.tasks import Classes, Images, Masks
+from opsin.tasks import Classes, Detections, Images, Masks
 
-OUTPUTS = {Classes: "logits", Masks: "logits", Images: "images"}
+OUTPUTS = {Classes: "logits", Masks: "logits", Images: "images", Detections: "table"}
 
 
 class TensorOutput(nn.Module):

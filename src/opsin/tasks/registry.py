@@ -8,6 +8,7 @@ from opsin.tasks import Task
 TASKS = {
     "classify": "opsin.tasks.classify:Classify",
     "segment": "opsin.tasks.segment:Segment",
+    "detect": "opsin.tasks.detect:Detect",
     "restore": "opsin.tasks.restore:Restore",
     "pretrain": "opsin.pretrain.task:Pretrain",
 }

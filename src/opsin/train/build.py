@@ -15,7 +15,7 @@ from opsin.data import Data
 from opsin.errors import BadInput
 from opsin.tasks import Task, TaskModel
 
-NETWORKS = ("backbone", "classifier", "segmenter", "restorer", "dense", "pretrainer")
+NETWORKS = ("backbone", "classifier", "segmenter", "detector", "restorer", "dense", "pretrainer")
 
 
 def build_network(spec: str, data: Data) -> nn.Module:

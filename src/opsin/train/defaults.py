@@ -34,6 +34,7 @@ class TaskDefaults:
 DEFAULTS = {
     "classify": TaskDefaults(lr=5e-3, weight_decay=0.05, warmup=0.05, label_smoothing=0.1, batch_size=128, steps=2000),
     "segment": TaskDefaults(lr=2e-3, weight_decay=0.01, warmup=0.05, label_smoothing=0.0, batch_size=8, steps=3000),
+    "detect": TaskDefaults(lr=4e-3, weight_decay=0.01, warmup=0.1, label_smoothing=0.0, batch_size=8, steps=3000),
     "pretrain": TaskDefaults(lr=2e-3, weight_decay=0.05, warmup=0.1, label_smoothing=0.0, batch_size=128, steps=4000),
     "restore": TaskDefaults(lr=1e-3, weight_decay=0.0, warmup=0.02, label_smoothing=0.0, batch_size=16, steps=4000),
 }

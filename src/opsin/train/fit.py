@@ -39,7 +39,7 @@ def fit(
         model: a name or spec ("metanet_xt(mixer=tvconv)"), built to fit the data; or a module, which is trained in
             place and holds the best weights afterwards.
         data: a name or path for `opsin.data.open` (with `data_options`), or an opened `Data`.
-        task: "classify", "segment" or "restore"; by default the data's.
+        task: "classify", "segment", "detect" or "restore"; by default the data's.
         recipe: recipes or their names; their transforms run in this order, after augmentation.
         epochs, budget: passes over the data, or a duration such as "5m" that covers training and validation; by
             default a number of epochs that suits the task.
