@@ -20,7 +20,7 @@ from opsin.compress.quantiser import weight_of
 from opsin.errors import BadInput
 
 aten = torch.ops.aten
-RELUS = (aten.relu, aten.relu_, aten.relu6, aten.hardtanh, aten.hardtanh_)
+RELUS = (aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class DeadRates:
 
 
 class _Relus(TorchDispatchMode):
-    """Notes for every ReLU that runs where its output is 0; ReLU6 counts, other clipping does not."""
+    """Notes for every ReLU that runs where its output is 0; ReLU6 (hardtanh from 0) counts, other clipping does not."""
 
     def __init__(self) -> None:
         super().__init__()
