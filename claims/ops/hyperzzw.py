@@ -189,7 +189,7 @@ def run(budget: ClaimBudget) -> Evidence:
         "hyperzzw",
         "Hyper-kernels that activations multiply beat static ones, and a network of them without residual connections "
         "learns as fast as a residual CNN (re-implementation of the description).",
-        data=f"digits and CIFAR-10 at {SIDE}x{SIDE}: " + ", ".join(f"{n} {a} and up to {b}" for n, (a, b, _) in SETS.items()),
+        data=f"at {SIDE}x{SIDE}: " + ", ".join(f"{name} {a} and up to {b}" for name, (a, b, _) in SETS.items()),
         baseline="the same blocks with static hyper-kernels; a residual CNN of equal parameters", seeds=seeds,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -73,8 +73,8 @@ class ComplexFunctions(TorchFunctionMode):
 
 def complex_layer(module: nn.Module) -> nn.Module | None:
     """The complex form of a layer with parameters, freshly initialised; None where there is none."""
-    kind = type(module)
-    if kind in CONVOLUTIONS:
+    kind = next((k for k in CONVOLUTIONS if isinstance(module, k) and type(module).forward is k.forward), None)
+    if kind is not None:
         options = {name: getattr(module, name) for name in GEOMETRY} | {"bias": module.bias is not None}
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             options["output_padding"] = module.output_padding
