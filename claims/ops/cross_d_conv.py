@@ -18,8 +18,8 @@ from opsin.measure.evidence import ClaimBudget, Evidence, Experiment
 from opsin.ops.conv.cross_d_conv import CrossDConv2d, convert, fractional_shift, shift_of, to_3d
 from opsin.train.bare import accuracy, flip_and_shift, tensors, train
 
-SIDE, VOLUME, PER_CLASS = 16, 12, 20
-FLAT_STEPS, SOLID_STEPS, BATCH = 500, 80, 32
+SIDE, VOLUME, PER_CLASS = 16, 8, 20
+FLAT_STEPS, FLAT_BATCH, SOLID_STEPS, SOLID_BATCH = 500, 64, 250, 20
 DIMS, WIDER = (16, 32, 64), (28, 55, 111)
 
 
@@ -44,7 +44,7 @@ def photos() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def volumes(seed: int, per_class: int, test: bool) -> tuple[Float[Tensor, "n 3 d h w"], Int[Tensor, " n"]]:
-    """Digits, 4 to 8 voxels deep along an axis drawn for each, anywhere in a noisy cube."""
+    """Digits, 4 to 7 voxels deep along an axis drawn for each, anywhere along it in a noisy cube."""
     digits = load_digits()
     images, labels = torch.tensor(digits.images, dtype=torch.float32) / 8 - 1, torch.tensor(digits.target)
     draw = torch.Generator().manual_seed(seed)
@@ -53,11 +53,11 @@ def volumes(seed: int, per_class: int, test: bool) -> tuple[Float[Tensor, "n 3 d
     chosen = torch.cat([r[torch.randperm(len(r), generator=draw)[:per_class]] for r in rows])
     cubes = torch.full((len(chosen), VOLUME, VOLUME, VOLUME), -1.0)
     for cube, row in zip(cubes, chosen):
-        depth, axis = int(torch.randint(4, 9, (), generator=draw)), int(torch.randint(3, (), generator=draw))
+        depth, axis = int(torch.randint(4, VOLUME, (), generator=draw)), int(torch.randint(3, (), generator=draw))
         z = int(torch.randint(VOLUME - depth + 1, (), generator=draw))
         top, left = torch.randint(VOLUME - 8 + 1, (2,), generator=draw).tolist()
         cube.movedim(axis, 0)[z : z + depth, top : top + 8, left : left + 8] = images[row]
-    cubes += 0.6 * torch.randn(cubes.shape, generator=draw)
+    cubes += 0.3 * torch.randn(cubes.shape, generator=draw)
     return cubes[:, None].expand(-1, 3, -1, -1, -1).contiguous(), labels[chosen]
 
 
@@ -65,14 +65,14 @@ def pretrained(net: nn.Module, seed: int, images: Tensor, labels: Tensor) -> nn.
     def augment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return flip_and_shift(x), y
 
-    return train(net, images, labels, steps=FLAT_STEPS, seed=seed, batch=BATCH * 2, augment=False, transform=augment)
+    return train(net, images, labels, steps=FLAT_STEPS, seed=seed, batch=FLAT_BATCH, augment=False, transform=augment)
 
 
 def solid_accuracy(net: nn.Module, seed: int) -> float:
     """Of a 3-D network after a short training of all its weights, with a fresh classifier."""
     torch.manual_seed(seed)
     net.fc = nn.Linear(DIMS[-1], 10)
-    train(net, *volumes(seed, PER_CLASS, False), steps=SOLID_STEPS, seed=seed, batch=BATCH, augment=False)
+    train(net, *volumes(seed, PER_CLASS, False), steps=SOLID_STEPS, seed=seed, batch=SOLID_BATCH, augment=False)
     return accuracy(net, *volumes(1000 + seed, 50, True))
 
 
@@ -123,8 +123,10 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment.record("volumes: accuracy in points", solid)
     experiment.record("images: accuracy in points", flat)
     notes = (
-        f"ResNet of 3 blocks, widths {DIMS}; {FLAT_STEPS} steps of 64 images, then {SOLID_STEPS} of {BATCH} volumes, "
-        f"AdamW 2e-3. 'plain, wider' has widths {WIDER} and about the parameters of the Cross-D network. Images are "
-        "averaged down to 16x16 to keep the claim short; grey volumes go into all three channels"
+        f"ResNet of 3 blocks, widths {DIMS}; {FLAT_STEPS} steps of {FLAT_BATCH} images, then {SOLID_STEPS} of "
+        f"{SOLID_BATCH} volumes, AdamW 2e-3. 'plain, wider' has widths {WIDER} and about the parameters of the Cross-D "
+        "network. Images are averaged down to 16x16 to keep the claim short; grey volumes go into all three channels. "
+        "A first run, with volumes of 12^3, twice the noise and 80 steps, left scratch, Cross-D and ACS at chance (12 "
+        "%, inflation 19 %), so the volumes were made easier until the network from scratch learned"
     )
     return experiment.evidence(budget, notes)
