@@ -125,6 +125,10 @@ class ButterflyLongConv(LongConv):
         y_f = u_f * self.block_fft_k(self.taps(length).to(wide), n)
         return torch.fft.ifft(y_f).real[..., start : start + length].to(u.dtype)
 
+    def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
+        """What the layer starts as, and no longer is once its matrices have moved: the long convolution."""
+        return super().reference(u)
+
 
 class LongConv2d(RasterOperator):
     """The layer on maps of one size: (N, C, H, W) -> the same, pixels row by row, looking both ways unless told not to.
