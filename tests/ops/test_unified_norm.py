@@ -174,6 +174,7 @@ def trained(norm: UnifiedNorm) -> UnifiedNorm:
         (lambda: nn.Sequential(trained(UnifiedNorm(4)), nn.Conv2d(4, 6, 1, groups=2)), (2, 4, 5, 3), 0),
         (lambda: nn.Sequential(trained(UnifiedNorm(4)), nn.Conv2d(4, 6, 1, padding=1)), (2, 4, 5, 3), 1),
         (lambda: nn.Sequential(trained(UnifiedNorm(4)), nn.Conv2d(4, 6, 3, padding=1)), (2, 4, 5, 3), 1),
+        (lambda: nn.Sequential(trained(UnifiedNorm(4)), nn.Conv2d(4, 6, 3)), (2, 4, 5, 3), 1),
         (lambda: nn.Sequential(trained(UnifiedNorm(4)), nn.ReLU(), nn.Linear(4, 3)), (2, 5, 4), 1),
     ],
 )

@@ -234,6 +234,16 @@ def test_the_recipe_freezes_statistics_and_goes_away(tmp_path):
         opsin.fit(plain, data, recipe=[TuneModeConvBN()], epochs=1, out=tmp_path / "no", logger=False, progress=False)
 
 
+def test_the_recipe_freezes_again_what_others_thawed():
+    model, recipe = block(), TuneModeConvBN()
+    recipe.on_fit_start(None, model)
+    model.train()
+    recipe.on_train_batch_start(None, model, None, 0)
+    assert not model[1].training and model[0].training
+    recipe.on_exception(None, model, KeyboardInterrupt())
+    assert recipe.tuned is None and "forward" not in vars(model[0])
+
+
 # mmengine.model.efficient_conv_bn_eval on the same numbers: Conv2d(2, 2, 2, bias) and BatchNorm2d, all by `wave`.
 MMENGINE = [0.5616892, 0.6789842, 2.5349870, 1.9047530]
 
