@@ -176,9 +176,8 @@ class Terminator(Backbone):
 
     def features(self, x: Float[Tensor, "n k h h"]) -> list[Float[Tensor, "n _c h h"]]:
         if x.shape[2] != x.shape[3]:
-            raise BadInput(
-                f"Terminator multiplies maps as matrices, so images are square; crop the {tuple(x.shape[2:])}"
-            )
+            height, width = x.shape[2:]
+            raise BadInput(f"Terminator multiplies maps as matrices, so {height}x{width} must be cropped to a square")
         inputs = [x]
         for block, past in zip(self.blocks, self.earlier, strict=True):
             seen = inputs[:-1][::-1][:past]
