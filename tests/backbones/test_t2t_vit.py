@@ -13,6 +13,23 @@ from opsin.ops.normact.unified_norm import UnifiedNorm
 
 SMALL = "t2t_vit(dim=24, depth=2, num_heads=3, token_dim=8, image_size=48, num_classes=5)"
 
+# yitu-opensource/T2T-ViT in the same size, weights and image by `wave`: the logits.
+OFFICIAL = [2.70682, -0.805756, 0.228611, 3.024626, -0.118087]
+
+
+def wave(*shape: int, step: float = 0.7, phase: float = 0.0) -> torch.Tensor:
+    return torch.sin(step * torch.arange(torch.Size(shape).numel(), dtype=torch.float32) + phase).reshape(shape)
+
+
+@torch.no_grad()
+def test_numbers_of_the_official_network():
+    net = opsin.create(SMALL).eval()
+    for i, (name, tensor) in enumerate(sorted(net.state_dict().items())):
+        if name != "pos_embed":
+            tensor.copy_((1.0 if tensor.ndim == 1 else 0.0) + 0.3 * wave(*tensor.shape, phase=float(i)))
+    logits = net(wave(1, 3, 48, 48, step=0.05))[0]
+    assert torch.allclose(logits, torch.tensor(OFFICIAL), rtol=1e-4, atol=1e-4)
+
 
 def test_names_of_the_official_checkpoints():
     with torch.device("meta"):
