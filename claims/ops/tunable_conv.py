@@ -26,6 +26,7 @@ from opsin.restore.multi_loss import ParametricMultiLoss, per_sample
 from opsin.restore.tunable_denoiser import Dncnn
 
 SIGMA, DEPTH, WIDTH, PATCH, BATCH, STEPS, RATE = 25 / 255, 8, 32, 32, 8, 600, 2e-3
+FINE_TUNE = 5e-5  # for DNI: at higher rates the two ends drift apart, and what lies between them is worse
 POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 INTERIOR = POINTS[1:-1]
 Loss = Callable[[Tensor, Tensor], Tensor]  # (noisy, clean) -> loss of a batch
@@ -46,11 +47,11 @@ def patches(images: list[Tensor], count: int, side: int, draw: torch.Generator) 
     return torch.stack(squares)
 
 
-def train(net: nn.Module, loss: Loss, images: list[Tensor], seed: int) -> nn.Module:
+def train(net: nn.Module, loss: Loss, images: list[Tensor], seed: int, rate: float = RATE) -> nn.Module:
     """Adam with one cycle; patches and noise depend on the seed alone."""
     draw = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(net.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS, pct_start=0.1)
+    optimiser = torch.optim.Adam(net.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=STEPS, pct_start=0.1)
     for _ in range(STEPS):
         clean = patches(images, BATCH, PATCH, draw)
         noisy = clean + SIGMA * torch.randn(clean.shape, generator=draw)
@@ -61,9 +62,9 @@ def train(net: nn.Module, loss: Loss, images: list[Tensor], seed: int) -> nn.Mod
     return net.eval()
 
 
-def fixed(net: nn.Module, t: float, images: list[Tensor], seed: int) -> nn.Module:
+def fixed(net: nn.Module, t: float, images: list[Tensor], seed: int, rate: float = RATE) -> nn.Module:
     """A plain network for one t."""
-    return train(net, lambda noisy, clean: F.mse_loss(net(noisy), torch.lerp(clean, noisy, t)), images, seed)
+    return train(net, lambda noisy, clean: F.mse_loss(net(noisy), torch.lerp(clean, noisy, t)), images, seed, rate)
 
 
 def tunable(phi: str, images: list[Tensor], seed: int) -> nn.Module:
@@ -123,7 +124,7 @@ def scores(seed: int, images: list[Tensor], clean: Tensor, noisy: Tensor) -> tup
     for t in POINTS[:-1]:
         torch.manual_seed(seed)
         separate[t] = fixed(Dncnn(DEPTH, WIDTH), t, images, seed)
-    separate[1.0] = fixed(copy.deepcopy(separate[0.0]), 1.0, images, seed)
+    separate[1.0] = fixed(copy.deepcopy(separate[0.0]), 1.0, images, seed, FINE_TUNE)
     dni = {t: interpolate_networks(separate[0.0], separate[1.0], t) for t in POINTS}
     ways = {"tunable": {t: at(slider, t) for t in POINTS}, "separate": separate, "DNI": dni}
     return {name: [psnr(nets[t], t, clean, noisy) for t in POINTS] for name, nets in ways.items()}, slider
@@ -163,6 +164,7 @@ def run(budget: ClaimBudget) -> Evidence:
     notes = (
         f"DnCNN of {DEPTH} layers and {WIDTH} channels without batch norm; {STEPS} steps of Adam ({RATE}, one cycle), "
         f"{BATCH} patches of {PATCH}x{PATCH}. At t = 1 the answer is the input, which a network of its own reaches to "
-        "any precision, so that PSNR there has no meaning: it is recorded, and compared only for t < 1"
+        "any precision, so that PSNR there has no meaning: it is recorded, and compared only for t < 1. DNI's second "
+        f"network is fine-tuned at {FINE_TUNE}; a first run at the full rate gave DNI 27.4 dB in between"
     )
     return experiment.evidence(budget, notes)
