@@ -59,7 +59,8 @@ def filtered(
 ) -> Float[Tensor, "b c h l"]:  # fmt: skip
     """The part [start, start + l) of the circular convolution with a kernel given by its spectrum."""
     u_f = spectrum(u, n)[:, None]
-    y_f = u_f * k_f if len(k_f) > 1 or torch.compiler.is_compiling() or u_f.requires_grad else u_f.mul_(k_f)
+    in_place = len(k_f) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    y_f = u_f.mul_(k_f) if in_place else u_f * k_f
     return torch.fft.irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
 
 
@@ -142,7 +143,7 @@ def long_conv(
     """
     n = n or fast_length(needed_length(u.shape[-1], k.shape[-1], start))
     engine = engine or Fourier()
-    if torch.compiler.is_compiling() or u.is_meta:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or u.is_meta:
         return engine.convolve(u, k, start, n, gates)
     return LongConvolution.apply(u, k, *gates, start, n, engine)
 
