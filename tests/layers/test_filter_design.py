@@ -30,7 +30,7 @@ from opsin.layers.filter_design import (
     table,
 )
 from opsin.layers.filter_design.diagnostics import duplicate_rate, effective_rank, sparsity, spectral_entropy
-from opsin.layers.filter_design.initialisers import WEIGHT_INITIALISERS, at_layer, evaluating, layers_of
+from opsin.layers.filter_design.initialisers import WEIGHT_INITIALISERS, at_layer, evaluating, layers_of, learned_weight
 from opsin.layers.filter_design.unsupervised import (
     Whitening,
     contrast_normalised,
@@ -125,6 +125,17 @@ def test_pca_start_is_the_principal_components_of_what_a_layer_receives():
         patches = F.unfold(F.pad(inputs, (1, 1, 1, 1)), 3).mT.flatten(0, 1).numpy()
         first = torch.from_numpy(PCA(1).fit(patches).components_[0]).float()
         assert float(F.cosine_similarity(layer.weight.detach()[0].flatten(), first, dim=0).abs()) > 0.98
+
+
+def test_learners_get_mean_free_patches():
+    seen: list[Tensor] = []
+
+    def learner(patches: Tensor, count: int) -> Tensor:
+        seen.append(patches)
+        return patches[:count]
+
+    learned_weight(images() + 3, nn.Conv2d(3, 4, 3), learner)
+    assert seen[0].shape == (10_000, 27) and seen[0].mean(0).abs().max() < 1e-4
 
 
 def test_fixup_by_branches():
@@ -281,13 +292,25 @@ def test_pcanet_codes_and_histograms():
     net.fit(x)
     codes = net.codes(x)
     assert codes.shape == (12, 3, 16, 16) and int(codes.min()) >= 0 and 7 < int(codes.max()) <= 15
-    padded = F.pad(x, (2, 2, 2, 2))[0, :, 3:8, 6:11].flatten()
-    first = net.stages[0].flatten(1) @ (padded - padded.mean())
-    maps = F.conv2d(x, net.stages[0] - net.stages[0].mean((1, 2, 3), keepdim=True), padding=2)
-    assert torch.allclose(maps[0, :, 3, 6], first, atol=1e-4), "filters on patches without their means"
     features = net.transform(x, batch_size=5).view(12, 3, 49, 16)
     assert torch.equal(features.sum(3), torch.full((12, 3, 49), 16.0))
     assert torch.equal(features[2, 1, 8], torch.bincount(codes[2, 1, 2:6, 2:6].flatten(), minlength=16).float())
+
+
+def test_pcanet_bits_by_hand():
+    """Any filters, on patches without their means; the first filter of stage 2 is the highest bit."""
+    net, x = PCANet((2, 3), 3), images(2)
+    net.stages = [torch.rand(2, 3, 3, 3), torch.rand(3, 1, 3, 3)]
+
+    def without_mean(maps: Tensor, filters: Tensor) -> Tensor:
+        patches = F.unfold(maps, 3, padding=1)
+        return (filters.flatten(1) @ (patches - patches.mean(1, keepdim=True))).unflatten(2, maps.shape[2:])
+
+    first = without_mean(x, net.stages[0])
+    second = without_mean(first[:, 1:], net.stages[1])
+    sure = (second.abs() > 1e-4).all(1)
+    expected = (second > 0).float().mul(torch.tensor([4.0, 2, 1])[:, None, None]).sum(1).long()
+    assert torch.equal(net.codes(x)[:, 1][sure], expected[sure]) and sure.float().mean() > 0.5 and expected[sure].any()
 
 
 def test_learners_complain():
