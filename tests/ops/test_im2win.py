@@ -154,3 +154,13 @@ def test_complaints_are_sentences(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match="CUDA tensor"):
             Im2winConv2d(2, backend="triton")(torch.randn(1, 2, 4, 6))
+
+
+def test_the_kernel_takes_nothing_from_behind_the_windows():
+    from opsin.ops.conv.im2win_triton import window_product
+
+    x, weight, _ = operands(3, 5, (3, 3), (6, 7))
+    windows = image_to_windows(x, 3, 1)
+    behind = torch.full((windows.numel() + 4096,), float("nan"))
+    inside = behind[: windows.numel()].copy_(windows.flatten()).view_as(windows)
+    assert torch.allclose(window_product(inside, filters_to_windows(weight), None, 1), F.conv2d(x, weight), atol=1e-4)
