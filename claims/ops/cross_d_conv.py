@@ -82,7 +82,7 @@ def exact(experiment: Experiment) -> None:
     axis, angle = op.pose(x)
     errors = []
     for k, theta in zip(axis, angle):
-        matrices = [fractional_shift(5, s[None])[0].real for s in shift_of(k[None], theta[None])[0]]
+        matrices = [fractional_shift(5, s[None])[0, 0] for s in shift_of(k[None], theta[None])[0]]
         shifted = torch.einsum("oidhw,ad,bh,cw->oiabc", op.weights_3d, *matrices)
         errors.append(float((op.moved(k, theta) - shifted).abs().max()))
     experiment.check("change of phase against a fractional shift by R^T 1 (max error)", max(errors), "<", 1e-6)

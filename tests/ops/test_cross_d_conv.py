@@ -72,16 +72,19 @@ def test_official_heads_of_1x1_kernels_are_dropped():
     assert set(remap(state)) == {"a.weights_3d"}
 
 
-@pytest.mark.parametrize("size", [3, 4, 5])
-def test_whole_shifts_are_rolls_and_halves_add_up(size):
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+def test_whole_shifts_are_rolls_and_fractions_are_what_the_transform_says(size):
     x = torch.randn(size, dtype=torch.float64)
-    for steps in (0, 1, -2):
-        moved = fractional_shift(size, torch.tensor([float(steps)], dtype=torch.float64))[0]
-        assert torch.allclose(moved @ x.to(moved.dtype), x.roll(steps).to(moved.dtype), atol=1e-6)
-    half = fractional_shift(size, torch.tensor([0.5]))[0]
-    assert torch.allclose(half @ half @ x.to(half.dtype), x.roll(1).to(half.dtype), atol=1e-5)
-    if size % 2:
-        assert half.imag.abs().max() < 1e-6
+    for steps in (0.0, 1.0, -2.0, 0.5, 1.3):
+        shift = torch.tensor([steps], dtype=torch.float64)
+        real, imaginary = fractional_shift(size, shift)[0]
+        phase = torch.exp(-2j * torch.pi * torch.fft.fftfreq(size, dtype=torch.float64) * steps)
+        expected = torch.fft.ifft(torch.fft.fft(x) * phase)
+        assert torch.allclose(real @ x, expected.real) and torch.allclose(imaginary @ x, expected.imag)
+        if steps == int(steps):
+            assert torch.allclose(real @ x, x.roll(int(steps)))
+        if size % 2:
+            assert imaginary.abs().max() < 1e-12
 
 
 @torch.no_grad()
@@ -90,8 +93,8 @@ def test_the_phase_is_a_shift_by_the_transposed_rotation_of_ones():
     axis, angle = torch.tensor([[0.6, 0.0, 0.8]]), torch.tensor([0.5])
     shift = shift_of(axis, angle)[0]
     assert torch.allclose(shift, torch.tensor([1 + 0.5 * 0.8, 1 - 0.5 * 0.2, 1 - 0.5 * 0.6]))
-    matrices = [fractional_shift(3, s[None])[0] for s in shift]
-    expected = torch.einsum("oidhw,ad,bh,cw->oiabc", op.weights_3d.to(matrices[0].dtype), *matrices).real
+    matrices = [fractional_shift(3, s[None])[0, 0] for s in shift]
+    expected = torch.einsum("oidhw,ad,bh,cw->oiabc", op.weights_3d, *matrices)
     assert torch.allclose(op.moved(axis[0], angle[0]), expected, atol=1e-6)
 
 

@@ -14,8 +14,10 @@ transformed once per image and kernel. A true rotation of the kernel is the same
 Names of parameters follow the official repository, convergedmachine/Cross-D-Conv.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,12 +41,16 @@ def shift_of(axis: Float[Tensor, "n 3"], angle: Float[Tensor, " n"]) -> Float[Te
     return 1 + angle[:, None] * torch.linalg.cross(torch.ones_like(axis), axis)
 
 
-def fractional_shift(size: int, shift: Float[Tensor, " n"]) -> Complex[Tensor, "n out in"]:
-    """The matrix that moves a period of `size` samples by `shift`; real for an odd size."""
-    frequencies = torch.fft.fftfreq(size, device=shift.device)
-    phase = -2 * torch.pi * shift[:, None] * frequencies
-    place = torch.arange(size, device=shift.device)
-    return torch.fft.ifft(torch.polar(torch.ones_like(phase), phase))[:, (place[:, None] - place) % size]
+def fractional_shift(size: int, shift: Float[Tensor, " n"]) -> Float[Tensor, "n 2 out in"]:
+    """The matrix that moves a period of `size` samples by `shift`, real and imaginary part.
+
+    It is FFT, phase and inverse FFT in one: mean over f of exp(2 pi i f (out - in - shift)). For an odd size, whose
+    frequencies come in pairs, the imaginary part is 0.
+    """
+    place = torch.arange(size, device=shift.device, dtype=shift.dtype)
+    frequencies = (place - size * (2 * place >= size).to(shift.dtype)) / size
+    angle = 2 * torch.pi * frequencies * (place[:, None] - place - shift[:, None, None])[..., None]
+    return torch.stack((angle.cos().mean(-1), angle.sin().mean(-1)), 1)
 
 
 class CrossDConv2d(nn.Module):
@@ -85,15 +91,13 @@ class CrossDConv2d(nn.Module):
 
     def slicer(self, axis: Float[Tensor, "n 3"], angle: Float[Tensor, " n"]) -> Float[Tensor, "n voxel pixel"]:
         """The matrix from a kernel's voxels to the pixels of the middle slice of the shifted kernel."""
-        shifts = (fractional_shift(size, s) for size, s in zip(self.kernel_size, shift_of(axis, angle).unbind(1)))
-        depth, height, width = shifts
-        middle = depth[:, self.kernel_size[0] // 2]
-        product = (
-            middle[:, :, None, None, None, None]
-            * height.mT[:, None, :, None, :, None]
-            * width.mT[:, None, None, :, None, :]
-        )  # n, depth, height, width of the voxel, height and width of the pixel
-        return product.real.flatten(4).flatten(1, 3)
+        shifts = zip(self.kernel_size, shift_of(axis, angle).unbind(1))
+        depth, height, width = (fractional_shift(size, shift).unbind(1) for size, shift in shifts)
+        middle = [part[:, self.kernel_size[0] // 2, :, None, None, None, None] for part in depth]
+        rows = [part.mT[:, None, :, None, :, None] for part in height]
+        columns = [part.mT[:, None, None, :, None, :] for part in width]
+        plane = _product(rows, columns)  # n, 1, height and width of the voxel, height and width of the pixel
+        return _product(middle, plane)[0].flatten(4).flatten(1, 3)
 
     def kernels(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n o i kh kw"]:
         """The 2-D kernels of each image: one product of all kernels with all matrices."""
@@ -205,6 +209,11 @@ def rotation_of(axis: Float[Tensor, "n 3"], angle: Float[Tensor, " n"]) -> Float
     """Rodrigues' formula: I + sin(theta) [k]_x + (1 - cos(theta)) [k]_x^2."""
     k, theta = skew(axis), angle[:, None, None]
     return torch.eye(3).to(axis) + theta.sin() * k + (1 - theta.cos()) * k @ k
+
+
+def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of complex numbers as real and imaginary parts, which every exporter takes."""
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 
 
 def convert(network: nn.Module, layer: type[CrossDConv2d] = CrossDConv2d) -> nn.Module:
