@@ -16,6 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     ((70,), (7,), (1,), (False,), False), ((70,), (70,), (1,), (False,), False), ((141,), (5,), (2,), (True,), True),
     ((70,), (6,), (3,), (False,), True), ((12, 11), (3, 5), (1, 2), (False, False), False),
+    ((3, 22), (3, 7), (1, 1), (False, False), False),
     ((19, 9), (4, 9), (2, 1), (True, False), False), ((9, 17), (9, 1), (1, 3), (False, True), False),
     ((5, 6, 7), (3, 2, 3), (1, 2, 2), (True, False, False), True),
 ]  # fmt: skip

@@ -10,7 +10,6 @@ convolution with circular padding, once, before the class token joins:
 Names of parameters follow the official repository, which has timm's; a plain ViT's blocks load as they are.
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float
@@ -42,8 +41,6 @@ class PolyViT(VisionTransformer):
 
     Args: as of VisionTransformer; positions do not depend on the image's size.
     """
-
-    no_weight_decay: Sequence[str] = ("cls_token",)
 
     def __init__(
         self, dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, patch_size: int = 16,

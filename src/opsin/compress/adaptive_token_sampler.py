@@ -124,10 +124,11 @@ class SampledViT(nn.Module):
     def run(self, x: Float[Tensor, "n k h w"]) -> tuple[Float[Tensor, "n t c"], list[Tensor]]:
         """Tokens after the last block, the class token first, and which tokens exist after each sampled block."""
         z = first_tokens(self.vit, x)
-        for block in self.vit.blocks[: self.first]:
+        blocks = blocks_of(self.vit)
+        for block in blocks[: self.first]:
             z = block(z)
         start, exists, kept = z.shape[1], torch.ones(z.shape[:2], dtype=torch.bool, device=z.device), []
-        for number, block in enumerate(self.vit.blocks[self.first :]):
+        for number, block in enumerate(blocks[self.first :]):
             z, exists = self.sampled(block, z, exists, self.limit(start, number))
             kept.append(exists)
         return z, kept
@@ -162,6 +163,11 @@ class SampledViT(nn.Module):
         return int(keep.sum(1).max())
 
 
+def blocks_of(vit: VisionTransformer) -> list[Block]:
+    """In their order."""
+    return [block for block in vit.blocks if isinstance(block, Block)]
+
+
 def first_tokens(vit: VisionTransformer, x: Float[Tensor, "n k h w"]) -> Float[Tensor, "n t c"]:
     """Class token and patches with their positions, as the first block gets them."""
     patches = vit.embed(x)
@@ -177,7 +183,7 @@ def saved_macs(vit: VisionTransformer, before: int, counts: Float[Tensor, "n blo
     A block of N tokens, of which M stay, in C channels with h in the MLP: 3 N C^2 for queries, keys and values, N C to
     score, 2 M N C to attend, M C^2 for the projection, and 2 M C h.
     """
-    dim, hidden = vit.num_features, vit.blocks[0].mlp.fc1.out_features
+    dim, hidden = vit.num_features, blocks_of(vit)[0].mlp.fc1.out_features
     entering = torch.cat((torch.full_like(counts[:, :1], before), counts[:, :-1]), 1)
     spent = entering * (3 * dim**2 + dim) + counts * (2 * entering * dim + dim**2 + 2 * dim * hidden)
     plain = before * (4 * dim**2 + 2 * before * dim + 2 * dim * hidden)
@@ -300,7 +306,9 @@ def insert(
     Raises BadInput where there is not exactly one ViT of the package.
     """
     place = place_of_vit(model)
-    sampled = SampledViT(model.get_submodule(place), first, tokens, choice, score).train(model.training)
+    vit = model.get_submodule(place)
+    assert isinstance(vit, VisionTransformer)
+    sampled = SampledViT(vit, first, tokens, choice, score).train(model.training)
     if not place:
         return sampled, sampled
     parent, _, last = place.rpartition(".")
