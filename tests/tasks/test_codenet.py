@@ -15,6 +15,7 @@ from opsin.ops.conv.deformable import DeformConv2d
 from opsin.tasks import Detections
 from opsin.tasks.centernet import Heads, centre_losses, decode, draw_targets, focal_loss, gaussian_radius, peaks
 from opsin.tasks.codenet import VARIANTS, CoDeNet, remap
+from opsin.tasks.outputs import TensorOutput
 
 SMALL = dict(dims=(16, 24, 48, 96, 64), decoder_dims=(48, 32, 24))
 # Zhen-Dong/CoDeNet, PoseShuffleNetV2 (3 classes, stem of stride 4) with the parameters of `fill` and the image
@@ -199,6 +200,14 @@ def test_the_low_precision_form_learns_and_reloads():
     again = CoDeNet(**SMALL, num_classes=3).quantised()
     again.load_state_dict(low.state_dict())
     assert torch.equal(again.eval()(images).table, low.eval()(images).table)
+
+
+@torch.no_grad()
+def test_it_is_exported_for_any_batch():
+    net, images = TensorOutput(CoDeNet(**SMALL, num_classes=2)).eval(), torch.rand(3, 3, 48, 64)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(net, (images[:2],), dynamic_shapes=(batch,)).module()
+    assert torch.allclose(program(images)[:, :20], net(images)[:, :20], atol=1e-3)
 
 
 def test_complaints_are_sentences():

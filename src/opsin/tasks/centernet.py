@@ -126,7 +126,26 @@ def peaks(heat: Float[Tensor, "n k h w"]) -> Bool[Tensor, "n k h w"]:
     return F.max_pool2d(heat, 3, 1, 1) == heat
 
 
-def decode(heads: Heads, stride: int, image_size: tuple[int, int], top: int = TOP) -> Detections:
+class TopDetections(Detections):
+    """As many detections for every image, in one tensor; lists are made when they are asked for."""
+
+    def __init__(self, table: Float[Tensor, "n top 6"]):
+        self.rows = table
+
+    @property
+    def table(self) -> Float[Tensor, "n top 6"]:
+        return self.rows
+
+    @property
+    def boxes(self) -> list[Boxes]:  # type: ignore[override]
+        return [Boxes(rows[:, :4], rows[:, 5].long()) for rows in self.rows]
+
+    @property
+    def scores(self) -> list[Float[Tensor, " top"]]:  # type: ignore[override]
+        return list(self.rows[:, :, 4])
+
+
+def decode(heads: Heads, stride: int, image_size: tuple[int, int], top: int = TOP) -> TopDetections:
     """The `top` highest peaks of each image as boxes in pixels, inside the image, best first."""
     classes, height, width = heads.heat.shape[1:]
     heat = heads.heat.float().sigmoid()
@@ -139,7 +158,7 @@ def decode(heads: Heads, stride: int, image_size: tuple[int, int], top: int = TO
     limits = corners.new_tensor((image_size[1], image_size[0]) * 2)
     corners = corners.clamp(min=0).minimum(limits)
     labels = place // (height * width)
-    return Detections([Boxes(b, c) for b, c in zip(corners, labels, strict=True)], list(scores))
+    return TopDetections(torch.cat((corners, scores[:, :, None], labels[:, :, None].to(scores.dtype)), 2))
 
 
 class CentreDetector(TaskModel):
