@@ -65,7 +65,7 @@ def exact(experiment: Experiment) -> None:
 
 
 @torch.no_grad()
-def overhead(plain: Callable[[], Tensor], anchored: Callable[[], Tensor], rounds: int = 15) -> float:
+def overhead(plain: Callable[[], Tensor], anchored: Callable[[], Tensor], rounds: int = 31) -> float:
     """The ratio of median times, in turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + 1):
@@ -101,14 +101,16 @@ def predictions(model: nn.Module, images: Tensor, shift: tuple[int, int]) -> Ten
 
 
 def under_shifts(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """Percent of images whose prediction 16 random shifts leave alone, and of those right under all of them."""
+    """Over 16 random shifts: percent of consistent images and of those always right, and the number that shifts lose."""
     draw = torch.Generator().manual_seed(seed)
     base = predictions(model, images, (0, 0))
     same, right = torch.ones(len(images), dtype=torch.bool), base == labels
+    clean = int(right.sum())
     for shift in torch.randint(32, (SHIFTS, 2), generator=draw).tolist():
         found = predictions(model, images, tuple(shift))
         same, right = same & (found == base), right & (found == labels)
-    return {"consistent": 100 * float(same.float().mean()), "worst case": 100 * float(right.float().mean())}
+    percent = {"consistent": 100 * int(same.sum()) / len(same), "worst case": 100 * int(right.sum()) / len(right)}
+    return percent | {"lost images": clean - int(right.sum())}
 
 
 def zero_filled(model: nn.Module, images: Tensor) -> float:
@@ -139,13 +141,13 @@ def run(budget: ClaimBudget) -> Evidence:
             scores = {"clean": accuracy(model, images, labels), "zero-filled": zero_filled(model, images)}
             for score, value in (scores | under_shifts(model, images, labels, seed)).items():
                 found[name].setdefault(score, []).append(value)
-    experiment.record("percent", found)
+    experiment.record("percent, and lost images", found)
     poly, plain = found["poly"], found["plain"]
     experiment.check("images that change prediction, anchored (percent)", 100 - min(poly["consistent"]), "==", 0.0)
     experiment.check("consistent images, plain (percent)", max(plain["consistent"]), "<", 95.0)
     experiment.compare("clean accuracy over the plain ViT's (points)", poly["clean"], plain["clean"], -1.5)
-    lost = max(a - b for a, b in zip(poly["clean"], poly["worst case"], strict=True))
-    experiment.check("clean less worst-case accuracy, anchored (points)", lost, "==", 0.0)
+    lost = max(poly["lost images"])
+    experiment.check("images that are right but wrong under some shift, anchored", lost, "==", 0)
     return experiment.evidence(
         budget,
         notes=f"ViT of width 64, depth 4, patches of 4, {steps} steps of 128; 16 random circular shifts an image. When "
