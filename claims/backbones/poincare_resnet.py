@@ -168,6 +168,6 @@ def run(budget: ClaimBudget) -> Evidence:
         "2020 with their implicit gradient. Lengths: the sheet's bounds are applied to linear layers and to the whole "
         "network before any training, whose batch norms then pass everything. A bare stack of 3x3 convolutions is "
         "recorded and no criterion: there the published identity, of the first entries of a patch, shifts the map "
-        "and shrinks it, so that nothing is left after twenty"
+        "and shrinks it, so that nothing is left after twenty (decided after seeing that; as a criterion it would fail)"
     )
     return experiment.evidence(budget, notes)
