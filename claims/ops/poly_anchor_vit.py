@@ -101,7 +101,7 @@ def predictions(model: nn.Module, images: Tensor, shift: tuple[int, int]) -> Ten
 
 
 def under_shifts(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
-    """Over 16 random shifts: percent of consistent images and of those always right, and the number that shifts lose."""
+    """Over 16 random shifts: percent of consistent images and of those always right; how many are lost by shifts."""
     draw = torch.Generator().manual_seed(seed)
     base = predictions(model, images, (0, 0))
     same, right = torch.ones(len(images), dtype=torch.bool), base == labels

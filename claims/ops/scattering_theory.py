@@ -214,6 +214,7 @@ def run(budget: ClaimBudget) -> Evidence:
         "the translation theorem bounds the change over the norm of the image, in which the fading of energy with "
         "depth takes part; the change over the layer's own norm is recorded beside it; cartoons are displaced by 8 "
         "to 20 pixels, since below the width of the output atom every pixel image is smooth; linear support vector "
-        f"machines on standardised features, each side with its best C of {PENALTIES}; ten choices of the training digits"
+        f"machines on standardised features, each side with its best C of {PENALTIES}; ten choices of the training "
+        "digits"
     )
     return experiment.evidence(budget, notes)
