@@ -13,7 +13,7 @@ from opsin.errors import BadInput, UnknownName
 from opsin.measure.cost import count_macs
 from opsin.measure.memory import LiveTensors
 from opsin.ops.attention import neighborhood
-from opsin.ops.attention.neighborhood import Axis, flex_mask, neighborhood_attention, rule
+from opsin.ops.attention.neighborhood import Axis, flex_mask, neighborhood_attention, rule, small
 from opsin.ops.attention.neighborhood_attention import NeighborhoodAttention
 from opsin.ops.attention.self_attention import SelfAttention
 
@@ -227,3 +227,9 @@ def test_complaints_are_sentences():
         NeighborhoodAttention(32, kernel_size=(3, 3, 3))
     with pytest.raises(BadInput, match="does not divide"):
         SelfAttention(32, num_heads=5)
+
+
+def test_small_maps_take_all_pairs():
+    """Where a tile's keys are nearly the whole map, copying them would only cost; large maps never take all pairs."""
+    assert small(rule((14, 14), 7)) and small(rule((16, 16), 7)) and small(rule((9,), 9))
+    assert not small(rule((24, 24), 7)) and not small(rule((16, 16), 3)) and not small(rule((64, 64), 63))

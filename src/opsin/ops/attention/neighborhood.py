@@ -41,6 +41,7 @@ from opsin.ops.kernels import kernel_wanted, require_kernel
 
 Backend = Literal["auto", "triton", "block", "gather", "dense"]
 TILE_SIDE = {1: 64, 2: 8, 3: 4}  # queries per tile and axis, by the number of axes
+MOST_DENSE = 1024  # tokens whose pairs may all be computed
 SCRATCH_BYTES = 8 * 2**20  # keys, values and masks that are copied at a time
 
 
@@ -137,8 +138,8 @@ def neighborhood_attention(
 
     kernel_size, dilation, causal: one value, or one per axis. scale: head_dim^-0.5 by default.
     bias: added to the logits by relative position, 2k - 1 entries per axis with the offset 0 in the middle.
-    backend: "auto" is "triton" on CUDA, else "block"; on the meta device "gather", so that counts of operations are
-        those of the definition.
+    backend: "auto" is "triton" on CUDA, else "block", or "dense" on maps of which a tile needs three quarters; on the
+        meta device "gather", so that counts of operations are those of the definition.
     Raises BadInput: shapes that do not fit, kernel * dilation beyond an axis, or "triton" where it cannot run. Raises
     UnknownName (backend).
     """
@@ -149,7 +150,8 @@ def neighborhood_attention(
     if bias is not None and bias.shape != expected:
         raise BadInput(f"the bias has the shape {tuple(bias.shape)}; this window wants {expected}")
     if backend == "auto":
-        backend = "gather" if q.is_meta else "triton" if kernel_wanted(q) and _kernels().fits(q, v) else "block"
+        plain = "dense" if bias is None and small(axes) else "block"
+        backend = "gather" if q.is_meta else "triton" if kernel_wanted(q) and _kernels().fits(q, v) else plain
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS)
     flat = [t.flatten(1, -3) for t in (q, k, v)]
@@ -178,6 +180,13 @@ def rule(
                 "tokens; kernel and dilation are at least 1, and their product at most the axis"
             )
     return axes
+
+
+def small(axes: tuple[Axis, ...]) -> bool:
+    """Whether copying the keys of every tile is more work than all pairs, and all pairs are few."""
+    tokens = prod(axis.length for axis in axes)
+    keys = prod(cut(axis, TILE_SIDE[len(axes)]).key.shape[1] for axis in axes)
+    return 4 * keys >= 3 * tokens and tokens <= MOST_DENSE
 
 
 def dense(
