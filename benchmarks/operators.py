@@ -109,6 +109,7 @@ def main() -> None:
     where = {"machine": machine(), "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"), "dim": DIM}
     RESULTS.write_text(json.dumps({**where, "speed": speed, "rows": rows}, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(table(rows))
+    RESULTS.with_suffix(".circumstances.md").write_text(f"Measured {where['date']} on {where['machine']}.\n")
     plot(rows)
     summary(rows)
 

@@ -1,6 +1,7 @@
 """FlashFFTConv: every backend against the direct sum, padding, sparse forms, what is saved, and the fused kernel."""
 
 import copy
+from collections.abc import Callable
 from math import prod
 
 import pytest
@@ -13,13 +14,14 @@ import opsin
 from opsin.errors import BadInput
 from opsin.ops.spectral.flashfftconv import (
     FlashFFTConv,
+    Monarch,
     ShortConv1d,
     fft_conv,
     frequency_sparse_conv,
     kept_frequencies,
     partial_conv,
 )
-from opsin.ops.spectral.fourier import fast_length, long_conv, needed_length, reference_conv
+from opsin.ops.spectral.fourier import Fourier, LongConvolution, fast_length, long_conv, needed_length, reference_conv
 
 
 def direct(u: Tensor, k: Tensor, start: int = 0) -> Tensor:
@@ -87,14 +89,37 @@ def test_gradients_of_several_kernels():
     assert torch.autograd.gradcheck(lambda a, b: long_conv(a, b, 6), (u, k))
 
 
-@pytest.mark.parametrize("backend", ["fft", "monarch"])
-def test_backward_keeps_the_arguments_only(backend):
+def saved(run: Callable[[], Tensor]) -> list[Tensor]:
+    """What autograd keeps."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        run()
+    return kept
+
+
+@pytest.mark.parametrize("engine", [Fourier(), Monarch()], ids=["fft", "monarch"])
+def test_backward_keeps_the_arguments_only(engine):
     u, k = torch.randn(2, 4, 100, requires_grad=True), torch.randn(4, 60, requires_grad=True)
     gate = torch.randn(2, 4, 100, requires_grad=True)
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        fft_conv(u, k, (gate, None), backend=backend)
-    assert {u.data_ptr(), gate.data_ptr()} <= set(kept) and len(kept) == 3
+    kept = saved(lambda: LongConvolution.apply(u, k[None], gate, None, 0, 200, engine))
+    assert {u.data_ptr(), gate.data_ptr()} <= {t.data_ptr() for t in kept} and len(kept) == 3
+
+
+def test_on_a_cpu_the_two_spectra_are_kept_and_nothing_else():
+    u, k = torch.randn(2, 4, 100, requires_grad=True), torch.randn(4, 60, requires_grad=True)
+    assert [t.shape for t in saved(lambda: fft_conv(u, k))] == [(2, 4, 81), (1, 4, 81)]
+
+
+def test_gradients_without_kept_spectra():
+    """What accelerators take, with gates, against what a CPU takes."""
+    u, gate_in, gate_out = (torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    k = torch.randn(1, 3, 13, dtype=torch.float64, requires_grad=True)
+    inputs = (u, k, gate_in, gate_out)
+    assert torch.autograd.gradcheck(lambda *a: LongConvolution.apply(*a, 6, 20, Fourier()), inputs)
+    frugal = LongConvolution.apply(*inputs, 6, 20, Fourier())
+    quick = long_conv(u, k, 6, 20, (gate_in, gate_out))
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (frugal, quick)), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
 
 
 def test_sizes_are_fast_and_large_enough():

@@ -83,8 +83,8 @@ def fft_conv(
         kernel on CUDA tensors where it has the size, else "fft".
     factors: of the Monarch form, whose product is the transform's size; the cost model chooses if left out.
     start: taps with negative lags that k begins with; L - 1 for a kernel of 2L - 1 that looks both ways.
-    Backward keeps the arguments only and computes the spectra again. Raises BadInput: shapes that do not fit, a kernel
-    longer than a circular convolution, an unknown backend, or one that cannot run here.
+    Backward keeps the arguments only and computes the spectra again, but for "fft" on a CPU. Raises BadInput: shapes
+    that do not fit, a kernel longer than a circular convolution, an unknown backend, or one that cannot run here.
     """
     _check(u, k, gates, causal)
     needed = needed_length(u.shape[-1], k.shape[-1], start) if causal else u.shape[-1]

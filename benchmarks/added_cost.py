@@ -1,0 +1,92 @@
+"""What do anchoring and token sampling add to the layer that they wrap?
+
+    python benchmarks/added_cost.py [--rounds 31] [--threads 1]
+
+Forward passes without gradients, in turns; `added` is the ratio of medians less 1. Token sampling keeps every token
+here, so that nothing but the sampling itself is added: what it saves is not counted. Anchoring an image before its
+patch embedding is measured too: there the layer is one cheap convolution.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import opsin
+from opsin.compress import adaptive_token_sampler as ats
+from opsin.measure.evidence import machine
+from opsin.ops.attention.poly_anchor_vit import anchor
+from turns import forward, medians
+
+RESULTS = Path(__file__).parent / "results" / "added_cost.json"
+STAGES = [
+    (2, 64, 56, 8),
+    (8, 64, 56, 8),
+    (8, 128, 28, 4),
+    (8, 256, 14, 2),
+]  # images, channels, side, Twins' ratio
+Pair = tuple[str, str, Tensor, Callable[[Tensor], Any], Callable[[Tensor], Any]]
+
+
+def pairs() -> Iterator[Pair]:
+    """Kind, layer, input, the layer alone, and the layer with what is added."""
+    for n, dim, side, ratio in STAGES:
+        x, where = torch.randn(n, dim, side, side), f"{n} x {dim} x {side} x {side}"
+        plain, anchored = (
+            opsin.create(name, dim=dim, window_size=7).eval() for name in ("window_attention", "poly_anchor_vit")
+        )
+        anchored.load_state_dict(plain.state_dict())
+        yield "anchoring, attention", f"window attention, {where}", x, plain, anchored
+        reduced = opsin.create("subsampled_attention", dim=dim, sr_ratio=ratio).eval()
+        yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, ratio)
+    for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 4, 64)):
+        x, embed = torch.randn(n, 3, 224, 224), nn.Conv2d(3, dim, patch, patch)
+        name = f"patch embedding, {n} x 3 x 224 x 224, patches of {patch}"
+        yield "anchoring, patch embedding", name, x, embed, after_anchor(embed, patch)
+    yield from sampled_blocks()
+
+
+def after_anchor(layer: nn.Module, stride: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: layer(anchor(x, stride))
+
+
+def sampled_blocks() -> Iterator[Pair]:
+    """A block of DeiT-S with the sampler choosing, and then every token staying."""
+    vit = opsin.create("vit_small_patch16_224").eval()
+    ats.CHOICES["everything"] = lambda scores, exists, tokens: ats.inverse_transform(scores, exists, tokens) | True
+    sampler, block = ats.SampledViT(vit, 3, choice="everything"), vit.blocks[5]  # type: ignore[arg-type]
+    for n in (1, 8):
+        tokens, exists = torch.randn(n, 197, 384), torch.ones(n, 197, dtype=torch.bool)
+
+        def sampled(z: Tensor, exists: Tensor = exists) -> Tensor:
+            return sampler.sampled(block, z, exists, 197)[0]
+
+        yield "token sampling", f"block of DeiT-S, {n} x 197 x 384", tokens, block, sampled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for kind, layer, x, plain, wrapped in pairs():
+        times = medians({"plain": forward(plain, x), "wrapped": forward(wrapped, x)}, options.rounds)
+        added = times["wrapped"] / times["plain"] - 1
+        rows.append({"kind": kind, "layer": layer, "ms": round(times["plain"], 3), "added": round(added, 4)})
+        print(rows[-1], flush=True)
+    where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
+    lines = ["| what | layer | ms | added |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r['kind']} | {r['layer']} | {r['ms']:.2f} | {100 * r['added']:+.1f} % |" for r in rows]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Is the FFT long convolution at least as fast as the composition of torch.fft, on sequences of 256 to 32768?
+
+    python benchmarks/fft_convolution.py [--rounds 15] [--threads 1] [--device cpu]
+
+`composition` is the common one, rfft of 2L, product, irfft; candidates take turns, `times` is its median over ours.
+A causal convolution of 64 features, 2 sequences, plain and with two gates; forward, and forward with backward. On CUDA
+the fused Triton kernel is a candidate of its own.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opsin.measure.evidence import machine
+from opsin.ops.spectral.flashfftconv import fft_conv
+from turns import forward, medians, training_step
+
+RESULTS = Path(__file__).parent / "results" / "fft_convolution.json"
+LENGTHS = (256, 511, 1024, 3000, 4096, 16384, 32768)
+
+
+def composition(u: Tensor, k: Tensor, gates: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    length = u.shape[-1]
+    u = u if gates[0] is None else u * gates[0]
+    y_f = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(k, n=2 * length)
+    y = torch.fft.irfft(y_f, n=2 * length)[..., :length]
+    return y if gates[1] is None else y * gates[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for length in LENGTHS:
+        u, gate = (torch.randn(2, 64, length, device=options.device) for _ in range(2))
+        k = torch.randn(64, length, device=options.device, requires_grad=True)
+        for gates in ((None, None), (gate, gate)):
+            runs: dict[str, Callable[[Tensor], Tensor]] = {
+                "opsin": lambda x, k=k, g=gates: fft_conv(x, k, g),
+                "composition": lambda x, k=k, g=gates: composition(x, k, g),
+            }
+            if u.is_cuda:
+                runs["torch.fft engine"] = lambda x, k=k, g=gates: fft_conv(x, k, g, backend="fft")
+            for step in (forward, training_step):
+                times = medians({who: step(run, u) for who, run in runs.items()}, options.rounds)
+                ours = times.pop("opsin")
+                ratios = {who: round(ms / ours, 3) for who, ms in times.items()}
+                gated = gates[0] is not None
+                rows.append({"length": length, "gated": gated, "pass": step.__name__, "ms": round(ours, 4), **ratios})
+                print(rows[-1], flush=True)
+    where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
+    lines = ["| length | gated | pass | ms | composition / opsin |", "|" + " --- |" * 5]
+    for row in rows:
+        lines.append(f"| {row['length']} | {'yes' if row['gated'] else 'no'} | {row['pass'].replace('_', ' ')} | "
+                     f"{row['ms']:.2f} | {row['composition']:.2f} |")  # fmt: skip
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
