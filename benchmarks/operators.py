@@ -1,6 +1,6 @@
 """How fast is every operator: against its own readable reference, against peers, and against what the machine allows?
 
-    python benchmarks/operators.py [KEY ...] [--rounds 7] [--threads 1] [--device cpu] [--peers FILE]
+    python benchmarks/operators.py [KEY ...] [--rounds 25] [--threads 1] [--device cpu] [--peers FILE]
 
 Every operator of the catalogue runs with its default options on maps of three sizes, forward and forward + backward, in
 float32 and bfloat16. Reference and peers take turns with it in one process; `times` is their median over its own.
@@ -74,9 +74,12 @@ def windows_by_unfold(op: Any) -> Run:
 def timm_evonorm(op: Any) -> Run:
     """timm's EvoNorm-S0 with the same groups."""
     sys.path.insert(0, str(HOUSE / "tests"))
-    from peers import timm
+    from peers import NoPeer, import_peer
 
-    peer = timm.layers.EvoNorm2dS0(DIM, groups=op.groups)
+    try:
+        peer = import_peer("timm").layers.EvoNorm2dS0(DIM, groups=op.groups)
+    except NoPeer as reason:
+        raise ImportError(str(reason)) from reason
     return lambda x: peer.to(x.dtype)(x)
 
 
@@ -91,7 +94,7 @@ PEERS: dict[str, dict[str, Callable[[Any], Run]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", help="operators (default: all)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", type=Path)

@@ -1,5 +1,6 @@
 """Candidates take turns in one process, on the same tensors; what counts is the ratio of the medians."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -8,15 +9,16 @@ import torch
 from torch import Tensor
 
 
-def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 20.0) -> dict[str, float]:
-    """Median milliseconds of each, after one call of each that does not count.
+def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 5.0) -> dict[str, float]:
+    """Median milliseconds of each, after one call of each that does not count, in a new random order every round.
 
-    Rounds stop, but not before the third, once all of them together took longer than `seconds`.
+    What ran before a candidate leaves its traces in the caches, so nobody may always follow the same one. Rounds stop,
+    but not before the third, once all of them together took longer than `seconds`.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    begin = time.perf_counter()
+    begin, shuffled = time.perf_counter(), random.Random(0)
     for turn in range(rounds + 1):
-        for name, run in candidates.items():
+        for name, run in shuffled.sample(list(candidates.items()), len(candidates)):
             start = time.perf_counter()
             run()
             if torch.cuda.is_available():
