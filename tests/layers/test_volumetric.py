@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.layers.volumetric import ACSConv3d, acs, cube, inflated, swapped, volumetric
+from opsin.layers.replace import with_layers_replaced
+from opsin.layers.volumetric import ACSConv3d, acs, cube, inflated, volumetric
 
 
 @torch.no_grad()
@@ -46,4 +47,4 @@ def test_what_has_no_form_is_named_and_shared_layers_stay_shared():
     net = nn.Sequential(conv, conv)
     new = volumetric(net, inflated)
     assert new[0] is new[1] and net[0] is conv
-    assert isinstance(swapped(conv, inflated), nn.Conv3d)
+    assert isinstance(with_layers_replaced(conv, inflated)[0], nn.Conv3d)

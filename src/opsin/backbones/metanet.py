@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin.backbones import Backbone, FeatureInfo
-from opsin.catalog import card_of, create, list_cards
+from opsin.catalog import card_of, create, operators
 from opsin.errors import BadInput
 from opsin.layers import DropPath, LayerNorm2d, drop_path_rates, init_weights_
+from opsin.ops.build import build_operator
 
 VARIANTS = {
     "metanet_n": dict(depths=(1, 1, 2, 1), dims=(16, 32, 64, 96), stem_stride=1),
@@ -27,21 +28,18 @@ VARIANTS = {
 
 def build_mixer(name: str, dim: int, size: tuple[int, int], options: Mapping[str, Any]) -> nn.Module:
     """An operator by name, told its resolution if its weights depend on it. Raises BadInput where it is no mixer."""
-    card = card_of(name)
-    if not card.mixer:
-        mixers = ", ".join(c.key for c in list_cards("operator") if c.mixer)
-        raise BadInput(f"'{name}' is not a mixer; the mixers are {mixers}")
-    place = {"input_size": size} if card.facts.get("fixed_size") else {}
-    return create(name, dim=dim, **place, **options)
+    if not card_of(name).mixer:
+        raise BadInput(f"'{name}' is not a mixer; the mixers are {', '.join(operators('mixer'))}")
+    return build_operator(name, dim, size, **options)
 
 
 def build_norm(name: str | None, dim: int) -> nn.Module:
     """The norm of a block: an operator by name, or LayerNorm2d. Raises BadInput where it is no norm."""
     if name is None:
         return LayerNorm2d(dim)
-    if not card_of(name).facts.get("norm"):
-        norms = ", ".join(c.key for c in list_cards("operator") if c.facts.get("norm"))
-        raise BadInput(f"'{name}' is not a norm; the norms are {norms}, and without a name it is layer norm")
+    if not card_of(name).role("norm"):
+        known = ", ".join(operators("norm"))
+        raise BadInput(f"'{name}' is not a norm; the norms are {known}, and without a name it is layer norm")
     return create(name, dim=dim)
 
 

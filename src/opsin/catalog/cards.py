@@ -137,6 +137,11 @@ def list_cards(kind: str | None = None, search: str | None = None) -> list[Card]
     ]
 
 
+def operators(role: str) -> list[str]:
+    """The keys of the operators that can be this part of a network: `mixer`, `norm`."""
+    return [card.key for card in list_cards("operator") if card.role(role)]
+
+
 def _text(card: Card) -> str:
     return " ".join((*card.names, card.kind, card.paper, card.summary, card.arxiv, str(card.year))).lower()
 

@@ -5,7 +5,7 @@ import re
 from importlib import import_module
 from typing import Any
 
-from opsin.catalog.cards import Card, card_of, find, list_cards
+from opsin.catalog.cards import Card, card_of, find, operators
 from opsin.errors import BadInput
 
 WILDCARD = re.compile(r"(?P<option>\w+)\s*=\s*\*\s*(?=[,)])")
@@ -46,8 +46,8 @@ def expand(spec: str) -> list[str]:
     if star["option"] not in roles:
         known = f"only {' and '.join(f'{option}=*' for option in roles)}" if roles else "no option=*"
         raise BadInput(f"'{spec}' asks for every {star['option']}, but '{name}' takes {known}")
-    choices = [card.key for card in list_cards("operator") if card.role(roles[star["option"]])]
     before, after = spec[: star.start()], spec[star.end() :]
+    choices = operators(roles[star["option"]])
     return [one for choice in choices for one in expand(f"{before}{star['option']}={choice}{after}")]
 
 

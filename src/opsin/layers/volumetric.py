@@ -6,7 +6,6 @@ a third of the flat kernels look at each of the three kinds of planes, and adds 
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,29 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-
-Rule = Callable[[nn.Module], nn.Module | None]  # a module to what replaces it, or None to look inside
-
-
-def swapped(model: nn.Module, rule: Rule) -> nn.Module:
-    """A copy of the model in which every module that the rule has an answer to is replaced; shared ones stay shared."""
-    return _swap(deepcopy(model), rule, {})
+from opsin.layers.replace import Swap, with_layers_replaced
 
 
-def _swap(module: nn.Module, rule: Rule, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module in done:
-        return done[module]
-    new = rule(module)
-    if new is None:
-        new = module
-        for name, child in module._modules.items():
-            if child is not None:
-                setattr(module, name, _swap(child, rule, done))
-    done[module] = new.train(module.training)
-    return done[module]
-
-
-def volumetric(model: nn.Module, convolution: Callable[[nn.Conv2d], nn.Module] | Rule) -> nn.Module:
+def volumetric(model: nn.Module, convolution: Callable[[nn.Conv2d], nn.Module] | Swap) -> nn.Module:
     """The network for (n, c, d, h, w): `convolution` makes the 3-D layers, norms and pools follow with their state.
 
     Raises BadInput for a layer of images that has no form for volumes. Shapes that a `forward` has written out, like
@@ -54,7 +34,7 @@ def volumetric(model: nn.Module, convolution: Callable[[nn.Conv2d], nn.Module] |
             raise BadInput(f"a layer of the type {type(module).__name__} has no form for volumes; take it out first")
         return None
 
-    return swapped(model, rule)
+    return with_layers_replaced(model, rule)[0]
 
 
 def cube(size: Any) -> tuple[int, ...]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.layers.volumetric import cube, pixels_of_padding, swapped, volumetric
+from opsin.layers.replace import with_layers_replaced
+from opsin.layers.volumetric import cube, pixels_of_padding, volumetric
 
 HIDDEN = 16  # channels inside the head
 LARGEST_ANGLE = torch.pi / 4
@@ -227,7 +228,7 @@ def convert(network: nn.Module, layer: type[CrossDConv2d] = CrossDConv2d) -> nn.
             conv.groups, conv.bias is not None,
         )  # fmt: skip
 
-    return swapped(network, rule)
+    return with_layers_replaced(network, rule)[0]
 
 
 def to_3d(network: nn.Module) -> nn.Module:
