@@ -108,6 +108,8 @@ def main() -> None:
     for card in list_cards("operator"):
         if not options.keys or card.key in options.keys:
             rows += list(measured(card, speed, options.rounds, options.device))
+    order = [card.key for card in list_cards("operator")]
+    rows.sort(key=lambda row: order.index(row["operator"]))
     RESULTS.parent.mkdir(exist_ok=True)
     where = {"machine": machine(), "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"), "dim": DIM}
     RESULTS.write_text(json.dumps({**where, "speed": speed, "rows": rows}, indent=1) + "\n")

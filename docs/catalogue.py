@@ -14,8 +14,9 @@ ANSWERS = {True: "yes", False: "no", None: "undecided"}
 
 
 def source_of(card: Card) -> Path:
-    """The file that a card points at."""
-    return PACKAGE.parent / Path(*card.entry.partition(":")[0].split(".")).with_suffix(".py")
+    """The file that a card points at; of a package its `__init__`."""
+    place = PACKAGE.parent / Path(*card.entry.partition(":")[0].split("."))
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
 def docstring_of(card: Card) -> str:
