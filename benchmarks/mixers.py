@@ -2,7 +2,7 @@
 
     python benchmarks/mixers.py [--folder runs/mixers] [--jobs 2]
 
-The same as `opsin compare cifar10 --models "metanet_xt(mixer=*)" --limit 10000 --epochs 3 --seeds 3`, which goes on
+The same as `opsin compare cifar10 --models "metanet_xt(mixer=*)" --limit 10000 --epochs 6 --seeds 3`, which goes on
 where it was interrupted, followed by the table and the plot for the documentation.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     comparison = opsin.compare(
-        "cifar10", "metanet_xt(mixer=*)", epochs=3, seeds=3, data_options={"limit": 10000}, out=options.folder,
+        "cifar10", "metanet_xt(mixer=*)", epochs=6, seeds=3, data_options={"limit": 10000}, out=options.folder,
         jobs=options.jobs,
     )  # fmt: skip
     RESULTS.write_text(json.dumps(record(comparison), indent=1) + "\n")
