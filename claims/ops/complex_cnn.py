@@ -152,8 +152,8 @@ def run(budget: ClaimBudget) -> Evidence:
     control = [scores(seed, data, unseen, (3, 3), REAL_STEPS, True)[0] for seed in seeds[:3]]
     experiment.record("CIFAR-10 without phase: accuracy", dict(zip(NAMES, zip(*control, strict=True), strict=True)))
     notes = (
-        f"networks of four convolutions, width {WIDTH} (the complex one; 12 has no real match within 2 %), {STEPS} steps "
-        f"of 64 images, {REAL_STEPS} on CIFAR-10; AdamW; heads are linear layers, whose magnitude the complex network gives. CIFAR-10 is recorded and "
-        "no criterion: no gain is expected there"
+        f"networks of four convolutions, width {WIDTH} (the complex one; 12 has no real match within 2 %), {STEPS} "
+        f"steps of 64 images, {REAL_STEPS} on CIFAR-10; AdamW; heads are linear layers, whose magnitude the complex "
+        "network gives. CIFAR-10 is recorded and no criterion: no gain is expected there"
     )
     return experiment.evidence(budget, notes)
