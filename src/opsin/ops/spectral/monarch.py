@@ -207,7 +207,7 @@ def complex_flops(factors: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The numbers of the cost model (section 3.3); about those of an A100.
+    """The numbers of the cost model (section 3.3); about those of an A100, as recalled: nobody measured them here.
 
     unit: side of the smallest matrix that the matrix units take. matmul, general: operations per second in and out of
     them. outer, inner: bytes per second to the device's memory and to the memory beside the units. fused: complex
