@@ -75,7 +75,7 @@ def exact(experiment: Experiment) -> None:
     torch.manual_seed(0)
     u, k = torch.randn(2, 3, 100), torch.randn(1, 3, 100) / 10
     direct = F.conv1d(F.pad(u, (99, 0)), k.flip(-1).transpose(0, 1), groups=3)
-    experiment.check("FFT against the causal sum (max error)", (long_conv(u, k)[:, 0] - direct).abs().max(), "<", 1e-5)
+    experiment.check("FFT against the causal sum (max error)", (long_conv(u, k[0]) - direct).abs().max(), "<", 1e-5)
     errors = []
     for n in (2, 8, 16, 128, 1024, 8192):
         x = torch.randn(2, n, dtype=torch.float64)

@@ -116,7 +116,7 @@ def exact(experiment: Experiment) -> None:
     experiment.check("envelope, each scale over the next, off from m = 2 by", (ratios - 2).abs().max(), "<", 1e-5)
     u, k = torch.randn(2, 8, 256), SGConv(8, 256, kernel_dim=32).kernels()
     direct = F.conv1d(F.pad(u, (255, 0)), k.flip(-1).transpose(0, 1), groups=8)
-    experiment.check("FFT against the causal sum (max error)", (long_conv(u, k)[:, 0] - direct).abs().max(), "<", 1e-5)
+    experiment.check("FFT against the causal sum (max error)", (long_conv(u, k[0]) - direct).abs().max(), "<", 1e-5)
 
 
 def run(budget: ClaimBudget) -> Evidence:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import opsin
 from opsin.errors import BadInput
+from opsin.ops.spectral import fourier
 from opsin.ops.spectral.flashfftconv import (
     FlashFFTConv,
     Monarch,
@@ -21,7 +22,16 @@ from opsin.ops.spectral.flashfftconv import (
     kept_frequencies,
     partial_conv,
 )
-from opsin.ops.spectral.fourier import Fourier, LongConvolution, fast_length, long_conv, needed_length, reference_conv
+from opsin.ops.spectral.fourier import (
+    Fourier,
+    LongConvolution,
+    fast_length,
+    filtered,
+    long_conv,
+    needed_length,
+    reference_conv,
+    spectrum,
+)  # fmt: skip
 
 
 def direct(u: Tensor, k: Tensor, start: int = 0) -> Tensor:
@@ -45,7 +55,7 @@ def test_every_backend_is_the_direct_sum(backend, length, taps, start):
 
 def test_reference_is_the_direct_sum():
     u, k = torch.randn(2, 3, 21), torch.randn(3, 41)
-    assert torch.allclose(reference_conv(u, k[None], 20)[:, 0], direct(u, k, 20), atol=1e-5)
+    assert torch.allclose(reference_conv(u, k, 20), direct(u, k, 20), atol=1e-5)
 
 
 @pytest.mark.parametrize(("backend", "factors"), [("fft", None), ("monarch", None), ("monarch", (4, 2, 6))])
@@ -86,7 +96,7 @@ def test_gradients_with_gates(backend, causal, start):
 def test_gradients_of_several_kernels():
     u = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, 3, 13, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: long_conv(a, b, 6), (u, k))
+    assert torch.autograd.gradcheck(lambda a, b: long_conv(a[:, None], b, 6), (u, k))
 
 
 def saved(run: Callable[[], Tensor]) -> list[Tensor]:
@@ -101,19 +111,19 @@ def saved(run: Callable[[], Tensor]) -> list[Tensor]:
 def test_backward_keeps_the_arguments_only(engine):
     u, k = torch.randn(2, 4, 100, requires_grad=True), torch.randn(4, 60, requires_grad=True)
     gate = torch.randn(2, 4, 100, requires_grad=True)
-    kept = saved(lambda: LongConvolution.apply(u, k[None], gate, None, 0, 200, engine))
+    kept = saved(lambda: LongConvolution.apply(u, k, gate, None, 0, 200, engine))
     assert {u.data_ptr(), gate.data_ptr()} <= {t.data_ptr() for t in kept} and len(kept) == 3
 
 
 def test_on_a_cpu_the_two_spectra_are_kept_and_nothing_else():
     u, k = torch.randn(2, 4, 100, requires_grad=True), torch.randn(4, 60, requires_grad=True)
-    assert [t.shape for t in saved(lambda: fft_conv(u, k))] == [(2, 4, 81), (1, 4, 81)]
+    assert [t.shape for t in saved(lambda: fft_conv(u, k))] == [(2, 4, 81), (4, 81)]
 
 
 def test_gradients_without_kept_spectra():
     """What accelerators take, with gates, against what a CPU takes."""
     u, gate_in, gate_out = (torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    k = torch.randn(1, 3, 13, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(3, 13, dtype=torch.float64, requires_grad=True)
     inputs = (u, k, gate_in, gate_out)
     assert torch.autograd.gradcheck(lambda *a: LongConvolution.apply(*a, 6, 20, Fourier()), inputs)
     frugal = LongConvolution.apply(*inputs, 6, 20, Fourier())
@@ -128,7 +138,23 @@ def test_sizes_are_fast_and_large_enough():
     for length, taps, start in ((10, 10, 0), (10, 19, 9), (10, 4, 1), (5, 30, 2)):
         u, k = signals(length, taps)
         n = needed_length(length, taps, start)
-        assert torch.allclose(long_conv(u, k[None], start, n)[:, 0], direct(u, k, start)[..., :length], atol=1e-11)
+        assert torch.allclose(long_conv(u, k, start, n), direct(u, k, start)[..., :length], atol=1e-11)
+
+
+@pytest.mark.parametrize("features", [1, 3, 7])
+def test_blocks_of_features_are_all_features(features, monkeypatch):
+    """The cache of a CPU bounds how many are transformed at once; 7 features do not always divide."""
+    u, gates = torch.randn(2, 1, 7, 50), (torch.randn(2, 1, 7, 50), torch.randn(2, 1, 7, 50))
+    k, n = torch.randn(3, 7, 50), fast_length(99)
+    sizes = []
+    monkeypatch.setattr(fourier, "_filtered", lambda *a, run=fourier._filtered: sizes.append(a[0].shape[-2]) or run(*a))
+    with torch.no_grad():
+        whole = filtered(u, k, 0, n, gates)
+        monkeypatch.setattr(fourier, "BLOCK", features * 2 * 3 * 4 * n // torch.get_num_threads() + 4)
+        assert torch.allclose(filtered(u, k, 0, n, gates), whole, atol=1e-6)
+        assert torch.allclose(filtered(u, spectrum(k, n), 0, n, gates), whole, atol=1e-6)
+    pieces = [features] * (7 // features) + [7 % features] * (7 % features > 0)
+    assert sizes == [7, *pieces, *pieces]
 
 
 def test_implicit_padding_is_explicit_padding_for_less():

@@ -50,16 +50,18 @@ class Monarch:
         self.factors = factors
 
     def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
-        y_f = complex_product(self._spectrum(gated(u, gates[0])[:, None], n), self._spectrum(k, n))
-        y = self._back(y_f, n, start + u.shape[-1])[..., start:]
-        return gated(y, gates[1], channels=True).to(u.dtype)
+        y_f = complex_product(self._spectrum(gated(u, gates[0]), n), self._spectrum(k, n))
+        return gated(self._back(y_f, n, start + u.shape[-1])[..., start:], gates[1]).to(u.dtype)
 
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
         grad_f = self._spectrum(F.pad(grad, (start, 0)), n)
-        u_f, k_f = self._spectrum(u[:, None], n), self._spectrum(k, n)
-        into_u, into_k = complex_product(grad_f, conjugate(k_f)), complex_product(grad_f, conjugate(u_f))
-        grad_u = self._back((into_u[0].sum(1), into_u[1].sum(1)), n, u.shape[-1])
-        return grad_u, self._back((into_k[0].sum(0), into_k[1].sum(0)), n, k.shape[-1])
+        u_f, k_f = self._spectrum(u, n), self._spectrum(k, n)
+        into = [(u, complex_product(grad_f, conjugate(k_f))), (k, complex_product(grad_f, conjugate(u_f)))]
+        into_u, into_k = (
+            self._back((re.sum_to_size(*x.shape[:-1], n), im.sum_to_size(*x.shape[:-1], n)), n, x.shape[-1])
+            for x, (re, im) in into
+        )
+        return into_u, into_k
 
     def _spectrum(self, x: Tensor, n: int) -> Pair:
         return transform((x.to(computing(x.dtype)), None), self._factors(n))
@@ -89,7 +91,7 @@ def fft_conv(
     _check(u, k, gates, causal)
     needed = needed_length(u.shape[-1], k.shape[-1], start) if causal else u.shape[-1]
     engine, n = _engine(u, needed, causal, backend, factors)
-    return long_conv(u, k[None], start, n, gates, engine)[:, 0]
+    return long_conv(u, k, start, n, gates, engine)
 
 
 def _engine(
@@ -206,13 +208,13 @@ class GlobalFilter1d(nn.Module):
         if self.backend not in ("auto", "fft") or kernel_wanted(u) or not may_keep(self, u):
             return fft_conv(u, self.weight, gates, backend=self.backend, start=start)
         n = fast_length(2 * self.length - 1)
-        k_f = self._kept(n, [self.weight], lambda: spectrum(self.weight[None], n))
-        return gated(filtered(gated(u, gates[0]), k_f, start, n)[:, 0], gates[1])
+        k_f = self._kept(n, [self.weight], lambda: spectrum(self.weight, n))
+        return filtered(u, k_f, start, n, gates)
 
     def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         """The same with the plain composition of FFTs."""
         gate_in, gate_out = self._gates(u)
-        return gated(reference_conv(gated(u, gate_in), self.weight[None], self.length - 1)[:, 0], gate_out)
+        return gated(reference_conv(gated(u, gate_in), self.weight, self.length - 1), gate_out)
 
     def _gates(self, u: Tensor) -> Gates:
         return (None, None) if self.gates is None else self.gates(u).chunk(2, 1)

@@ -204,17 +204,17 @@ class FusedMonarch:
 
     def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
-        self._launch(u.contiguous(), self._spectrum(k[0]), y, start, start + u.shape[-1], gates)
-        return y[:, None]
+        self._launch(u.contiguous(), self._spectrum(k), y, start, start + u.shape[-1], gates)
+        return y
 
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
         length = u.shape[-1]
-        grad = F.pad(grad[:, 0], (start, 0)).contiguous()
+        grad = F.pad(grad, (start, 0)).contiguous()
         grad_u = torch.empty_like(grad)
-        k_f = self._spectrum(k[0])
+        k_f = self._spectrum(k)
         k_f[:, 1].neg_()
         self._launch(grad, k_f, grad_u, 0, length, (None, None))
-        return grad_u[..., :length], self._taps(u.contiguous(), grad)[None, ..., : k.shape[-1]]
+        return grad_u[..., :length], self._taps(u.contiguous(), grad)[..., : k.shape[-1]]
 
     def _launch(self, x: Tensor, k_f: Tensor, y: Tensor, start: int, stop: int, gates: Gates) -> None:
         samples, features, length = x.shape

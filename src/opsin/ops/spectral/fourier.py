@@ -13,6 +13,7 @@ section 3.1) does. On a CPU, where that would cost two of eight transforms, it k
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Gates = tuple[Tensor | None, Tensor | None]
+BLOCK = 2**20  # bytes of padded float32 signals that one thread of a CPU transforms at once
 
 
 @cache
@@ -52,25 +54,42 @@ def computing(dtype: torch.dtype) -> torch.dtype:
 
 def spectrum(k: Float[Tensor, "*b t"], n: int) -> Complex[Tensor, "*b f"]:
     """The n / 2 + 1 frequencies of a real signal padded to n."""
-    return torch.fft.rfft(k.to(computing(k.dtype)), n)
+    return torch.fft.rfft(k if k.dtype.itemsize >= 4 else k.to(computing(k.dtype)), n)
 
 
 def filtered(
-    u: Float[Tensor, "b h l"], k_f: Complex[Tensor, "c h f"], start: int, n: int
-) -> Float[Tensor, "b c h l"]:  # fmt: skip
-    """The part [start, start + l) of the circular convolution with a kernel given by its spectrum."""
-    u_f = spectrum(u, n)[:, None]
-    in_place = len(k_f) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    y_f = u_f.mul_(k_f) if in_place else u_f * k_f
-    return torch.fft.irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
+    u: Float[Tensor, "*b h l"], k: Tensor, start: int, n: int, gates: Gates = (None, None)
+) -> Float[Tensor, "*d h l"]:  # fmt: skip
+    """The part [start, start + l) of the circular convolution, gated; k: taps (*c, h, t) or a spectrum (*c, h, f).
+
+    On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
+    """
+    rows = u.shape[:-2].numel() * k.shape[:-2].numel()
+    features = BLOCK * torch.get_num_threads() // (4 * n * rows) or 1
+    if features >= u.shape[-2] or u.device.type != "cpu" or torch.compiler.is_compiling():
+        return _filtered(u, k, *gates, start, n)
+    blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, *gates)]
+    return torch.cat([_filtered(*block, start, n) for block in zip(*blocks, strict=False)], -2)
+
+
+def _filtered(u: Tensor, k: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, start: int, n: int) -> Tensor:
+    u_f, k_f = spectrum(gated(u, gate_in), n), k if k.is_complex() else spectrum(k, n)
+    in_place = k.shape[:-2].numel() == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    y = torch.fft.irfft(u_f.mul_(k_f) if in_place else u_f * k_f, n).narrow(-1, start, u.shape[-1])
+    return gated(y if y.dtype == u.dtype else y.to(u.dtype), gate_out)
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """x times its gate, if there is one."""
+    return x if gate is None else x * gate
 
 
 def reference_conv(
-    u: Float[Tensor, "b h l"], k: Float[Tensor, "c h t"], start: int = 0
-) -> Float[Tensor, "b c h l"]:  # fmt: skip
+    u: Float[Tensor, "*b h l"], k: Float[Tensor, "*c h t"], start: int = 0
+) -> Float[Tensor, "*d h l"]:  # fmt: skip
     """The usual composition, to compare with: both padded to 2l, multiplied, transformed back, cut; t < 2l."""
     n = 2 * u.shape[-1]
-    y_f = torch.fft.rfft(u.float(), n)[:, None] * torch.fft.rfft(k.float(), n)
+    y_f = torch.fft.rfft(u.float(), n) * torch.fft.rfft(k.float(), n)
     return torch.fft.irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
 
 
@@ -78,7 +97,7 @@ class Engine(Protocol):
     """A way to compute circular convolutions of size n, and their gradients, from the signals themselves."""
 
     def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates) -> Tensor:
-        """(b, h, l) with (c, h, t) to (b, c, h, l), gated before and after by (b, h, l)."""
+        """(*b, h, l) with (*c, h, t), whose leading axes broadcast, gated before and after by tensors like u."""
         ...
 
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
@@ -90,20 +109,19 @@ class Fourier:
     """The engine of torch.fft."""
 
     def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
-        return gated(filtered(gated(u, gates[0]), spectrum(k, n), start, n), gates[1], channels=True)
+        return filtered(u, k, start, n, gates)
 
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-        length = u.shape[-1]
-        grad_f = spectrum(F.pad(grad, (start, n - start - length)), n)
-        grad_k_f = (spectrum(u, n).conj_physical_()[:, None] * grad_f).sum(0)
-        grad_u_f = grad_f.mul_(spectrum(k, n).conj_physical_())
-        grad_u_f = grad_u_f[:, 0] if len(k) == 1 else grad_u_f.sum(1)
-        return torch.fft.irfft(grad_u_f, n)[..., :length], torch.fft.irfft(grad_k_f, n)[..., : k.shape[-1]]
+        into_u, into_k = gradients(spectrum(u, n), spectrum(k, n), grad, start, n)
+        return into_u[..., : u.shape[-1]], into_k[..., : k.shape[-1]]
 
 
-def gated(x: Tensor, gate: Tensor | None, channels: bool = False) -> Tensor:
-    """x times its gate, if there is one; `channels` where x has an axis that the gate lacks."""
-    return x if gate is None else x * (gate[:, None] if channels else gate)
+def gradients(u_f: Tensor, k_f: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """Those of the n inputs and n taps that have these spectra, from that of the part that begins at `start`."""
+    grad_f = spectrum(F.pad(grad, (start, n - start - grad.shape[-1])), n)
+    into_u = (grad_f * k_f.conj_physical()).sum_to_size(u_f.shape)
+    into_k = grad_f.conj_physical_().mul_(u_f).sum_to_size(k_f.shape).conj_physical_()
+    return torch.fft.irfft(into_u, n), torch.fft.irfft(into_k, n)
 
 
 class LongConvolution(torch.autograd.Function):
@@ -125,8 +143,8 @@ class LongConvolution(torch.autograd.Function):
         v, grad_out = gated(u, gate_in), None
         if gate_out is not None:
             y = ctx.engine.convolve(v, k, *ctx.place, (None, None))
-            grad_out = (grad * y).sum(1).to(gate_out.dtype)
-            grad = gated(grad, gate_out, channels=True)
+            grad_out = (grad * y).sum_to_size(gate_out.shape).to(gate_out.dtype)
+            grad = gated(grad, gate_out)
         grad_v, grad_k = ctx.engine.adjoint(v, k, grad, *ctx.place)
         grad_in = None if gate_in is None else (grad_v * u).to(gate_in.dtype)
         grad_u = gated(grad_v, gate_in).to(u.dtype)
@@ -141,40 +159,31 @@ class FourierConvolution(torch.autograd.Function):
         u_f, k_f = spectrum(u, n), spectrum(k, n)
         ctx.save_for_backward(u_f, k_f)
         ctx.place, ctx.shapes = (start, n), ((u.shape[-1], u.dtype), (k.shape[-1], k.dtype))
-        return torch.fft.irfft(u_f[:, None] * k_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
+        return torch.fft.irfft(u_f * k_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (u_f, k_f), (start, n) = ctx.saved_tensors, ctx.place
-        (length, u_dtype), (taps, k_dtype) = ctx.shapes
-        grad_f, grad_u, grad_k = spectrum(F.pad(grad, (start, n - start - length)), n), None, None
-        if ctx.needs_input_grad[0]:
-            back = grad_f * k_f.conj_physical()
-            back = back[:, 0] if len(k_f) == 1 else back.sum(1)
-            grad_u = torch.fft.irfft(back, n)[..., :length].to(u_dtype)
-        if ctx.needs_input_grad[1]:
-            back = grad_f.conj_physical_().mul_(u_f[:, None]).sum(0).conj_physical_()
-            grad_k = torch.fft.irfft(back, n)[..., :taps].to(k_dtype)
+        into = gradients(*ctx.saved_tensors, grad, *ctx.place)
+        grad_u, grad_k = (g[..., :length].to(dtype) for g, (length, dtype) in zip(into, ctx.shapes, strict=True))
         return grad_u, grad_k, None, None
 
 
 def long_conv(
-    u: Float[Tensor, "b h l"], k: Float[Tensor, "c h t"], start: int = 0, n: int | None = None,
+    u: Float[Tensor, "*b h l"], k: Float[Tensor, "*c h t"], start: int = 0, n: int | None = None,
     gates: Gates = (None, None), engine: Engine | None = None,
-) -> Float[Tensor, "b c h l"]:  # fmt: skip
-    """c kernels per feature on one sequence per feature; see the equation above.
+) -> Float[Tensor, "*d h l"]:  # fmt: skip
+    """One sequence per feature; see the equation above. Leading axes broadcast: u[:, None] meets c kernels at once.
 
     n: size of the circular convolution; as large as a linear one needs, unless given.
-    gates: (b, h, l) each or None, multiplied before and after.
+    gates: each like u or None, multiplied before and after.
     """
     n = n or fast_length(needed_length(u.shape[-1], k.shape[-1], start))
     engine = engine or Fourier()
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or u.is_meta:
         return engine.convolve(u, k, start, n, gates)
     if isinstance(engine, Fourier) and u.device.type == "cpu":
-        y = FourierConvolution.apply(gated(u, gates[0]), k, start, n)
-        return gated(y, gates[1], channels=True)
+        return gated(FourierConvolution.apply(gated(u, gates[0]), k, start, n), gates[1])
     return LongConvolution.apply(u, k, *gates, start, n, engine)
 
 

@@ -79,9 +79,10 @@ class GlobalConvLayer(nn.Module):
         length = u.shape[-1]
         start = length - 1 if self.bidirectional else 0
         if not may_keep(self, u):
-            return long_conv(u, self.taps(length), start)
+            return long_conv(u[:, None], self.taps(length), start)
         n = fast_length(needed_length(length, length + start, start))
-        return filtered(u, self._kept(length, self._sources(), lambda: spectrum(self.taps(length), n)), start, n)
+        k_f = self._kept(length, self._sources(), lambda: spectrum(self.taps(length), n))
+        return filtered(u[:, None], k_f, start, n)
 
     def _sources(self) -> list[Tensor]:
         return [*self.parameters(), *self.buffers()]
@@ -93,7 +94,8 @@ class GlobalConvLayer(nn.Module):
     def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         """The same with the plain composition of FFTs."""
         length = u.shape[-1]
-        return self._mixed(reference_conv(u, self.taps(length), length - 1 if self.bidirectional else 0), u)
+        start = length - 1 if self.bidirectional else 0
+        return self._mixed(reference_conv(u[:, None], self.taps(length), start), u)
 
     def _mixed(self, y: Float[Tensor, "b c h l"], u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         y = torch.addcmul(y, u[:, None], self.D[:, :, None]).flatten(1, 2)
