@@ -4,7 +4,6 @@ Layers with parameters are replaced one by one. What has none (activations, pool
 the network calls it, whether as a module, a function or a method: on complex tensors it becomes its complex form.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from opsin.layers.complex import linear
 from opsin.layers.complex.activation import magnitude
 from opsin.layers.complex.norm import ComplexBatchNorm, ComplexGroupNorm, ComplexLayerNorm, ComplexLayerNorm2d
 from opsin.layers.norm import LayerNorm2d
+from opsin.layers.replace import with_layers_replaced
 
 CONVOLUTIONS = {
     nn.Conv1d: linear.ComplexConv1d, nn.Conv2d: linear.ComplexConv2d, nn.Conv3d: linear.ComplexConv3d,
@@ -92,19 +92,15 @@ def complex_layer(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _swap(parent: nn.Module) -> None:
-    """Replaces every layer below `parent`. Raises BadInput where one with parameters has no complex form."""
-    for name, child in parent.named_children():
-        layer = complex_layer(child)
-        if layer is not None:
-            setattr(parent, name, layer.train(child.training))
-        elif next(child.children(), None) is not None:
-            _swap(child)
-        elif next(child.parameters(), None) is not None:
-            raise BadInput(
-                f"'{name}' ({type(child).__name__}) has no complex form; replace it by convolutions, linear layers or "
-                "batch, layer or group norms first"
-            )
+def _required(module: nn.Module) -> nn.Module | None:
+    """Its complex form, or None to look inside. Raises BadInput where a layer with parameters has none."""
+    layer, leaf = complex_layer(module), next(module.children(), None) is None
+    if layer is None and leaf and next(module.parameters(), None) is not None:
+        raise BadInput(
+            f"{type(module).__name__}({module.extra_repr()}) has no complex form; replace it by convolutions, linear "
+            "layers or batch, layer or group norms first"
+        )
+    return layer
 
 
 def as_complex(x: Float[Tensor, "n c h w"], how: Input) -> Tensor:
@@ -156,11 +152,7 @@ def to_complex(
             None for the same one on both parts.
     Raises BadInput where a layer has no complex form.
     """
-    layer = complex_layer(model)
-    if layer is None:
-        layer = copy.deepcopy(model)
-        _swap(layer)
-    return ComplexNetwork(layer, input, head, activation)
+    return ComplexNetwork(with_layers_replaced(model, _required)[0], input, head, activation)
 
 
 def real_parameters(model: nn.Module) -> int:
