@@ -55,23 +55,14 @@ def unpack_codes(packed: Int[Tensor, " m"], bits: int) -> Int[Tensor, " n"]:
     return ((packed.to(torch.int32)[:, None] >> shifts) & (2**bits - 1)).flatten()
 
 
-class QuantisedLayer(nn.Module):
-    """A convolution or linear layer whose weights are stored in 2, 4 or 8 bits and unpacked when used."""
+class PackedLayer(nn.Module):
+    """A convolution or linear layer that stores its weights in a form of its own and unpacks them when used."""
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, layer: nn.Module, bits: int):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        weight = weight_of(layer).detach()
-        codes, scale, zero = codes_of(weight, *channel_range(weight), bits)
-        self.bits, self.shape, self.kind = bits, tuple(weight.shape), type(layer).__name__
-        self.register_buffer("codes", pack_codes((codes + 2 ** (bits - 1)).flatten().to(torch.int32), bits))
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero", zero)
+        self.shape, self.kind = tuple(weight_of(layer).shape), type(layer).__name__
         bias = layer.bias
-        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False) if isinstance(bias, Tensor) else None
+        self.bias = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
         self.compute: Callable[..., Tensor] = F.linear
         if not isinstance(layer, nn.Linear):
             function = next(f for kind, f in CONVOLUTIONS.items() if isinstance(layer, kind))
@@ -79,12 +70,34 @@ class QuantisedLayer(nn.Module):
             self.compute = partial(function, **geometry)
 
     def weight(self) -> Tensor:
-        """The weights that the codes stand for."""
-        codes = unpack_codes(self.codes, self.bits)[: prod(self.shape)].view(self.shape) - 2 ** (self.bits - 1)
-        return (codes + self.zero) / self.scale
+        """The weights that are stored."""
+        raise TypeError(f"{type(self).__name__} does not implement weight()")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, self.weight(), self.bias)
+
+
+class QuantisedLayer(PackedLayer):
+    """A convolution or linear layer whose weights are stored in 2, 4 or 8 bits; nothing of it is trained."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, layer: nn.Module, bits: int):
+        super().__init__(layer)
+        weight = weight_of(layer).detach()
+        codes, scale, zero = codes_of(weight, *channel_range(weight), bits)
+        self.bits = bits
+        self.register_buffer("codes", pack_codes((codes + 2 ** (bits - 1)).flatten().to(torch.int32), bits))
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.requires_grad_(False)
+
+    def weight(self) -> Tensor:
+        """The weights that the codes stand for."""
+        codes = unpack_codes(self.codes, self.bits)[: prod(self.shape)].view(self.shape) - 2 ** (self.bits - 1)
+        return (codes + self.zero) / self.scale
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.shape}, bits={self.bits}"
