@@ -1,5 +1,7 @@
 """Backbones: an image to a feature pyramid, or to logits."""
 
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -38,3 +40,8 @@ class Backbone(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         return self.forward_head(self.forward_features(x))
+
+
+def through(stages: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
+    """What comes out of every stage, each on what the one before it made."""
+    return list(accumulate(stages, lambda x, stage: stage(x), initial=x))[1:]

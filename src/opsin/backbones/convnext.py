@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn, ones
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 from opsin.layers import DropPath, LayerNorm2d, Mlp, drop_path_rates, init_weights_
 
 VARIANTS = {
@@ -93,12 +93,7 @@ class ConvNeXt(Backbone):
             fc.weight.data.mul_(head_scale)
 
     def features(self, x: Float[Tensor, "n k h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.stem(x)
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return through(self.stages, self.stem(x))
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         return self.head(x.mean((2, 3)))

@@ -17,7 +17,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 from opsin.errors import UnknownName
 from opsin.layers import DropPath, LayerNorm2d, drop_path_rates, init_weights_
 
@@ -159,12 +159,7 @@ class LadderNet(Backbone):
         return nn.Sequential(*layers)
 
     def features(self, x: Float[Tensor, "n k h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.stem(x)
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return through(self.stages, self.stem(x))
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         return self.head(self.norm(x.mean((2, 3), keepdim=True)).flatten(1))

@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 from opsin.layers.margin import EmbeddingHead
 from opsin.ops.build import build_operator
 
@@ -136,11 +136,7 @@ class MobileNetV2(Backbone):
                 nn.init.zeros_(module.bias)
 
     def features(self, x: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.act(self.bn1(self.conv_stem(x)))
-        maps = []
-        for stage in self.blocks:
-            x = stage(x)
-            maps.append(x)
+        maps = through(self.blocks, self.act(self.bn1(self.conv_stem(x))))
         return [maps[i] for i in PYRAMID]
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:

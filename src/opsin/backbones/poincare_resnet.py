@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 from opsin.layers.poincare import Curved, OnBall, mobius_residual
 from opsin.layers.poincare_layers import Init, PoincareBatchNorm2d, PoincareLinear
 from opsin.ops.conv.poincare_conv import PoincareConv2d
@@ -78,12 +78,7 @@ class PoincareResNet(Backbone):
         self.fc = PoincareLinear(dims[-1], num_classes, curvature, init) if num_classes else nn.Identity()
 
     def features(self, x: Float[Tensor, "n k h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.relu(self.bn(self.conv(x)))
-        maps = []
-        for group in self.groups:
-            x = group(x)
-            maps.append(x)
-        return maps
+        return through(self.groups, self.relu(self.bn(self.conv(x))))
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         return self.fc(x.mean((2, 3)))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 
 VARIANTS = {"pyramidnet200_a240": dict(depth=200, alpha=240), "pyramidnet110_a64": dict(depth=110, alpha=64)}
 
@@ -69,11 +69,7 @@ class PyramidNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Float[Tensor, "n k h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.bn1(self.conv1(x))
-        maps = [self.layer1(x)]
-        maps.append(self.layer2(maps[-1]))
-        maps.append(self.layer3(maps[-1]))
-        return maps
+        return through((self.layer1, self.layer2, self.layer3), self.bn1(self.conv1(x)))
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         return self.fc(self.relu_final(self.bn_final(x)).mean((2, 3)))

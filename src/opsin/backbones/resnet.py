@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 from opsin.errors import BadInput
 
 
@@ -131,12 +131,8 @@ class ResNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Float[Tensor, "n k h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = []
-        for i in range(self.num_stages):
-            x = getattr(self, f"layer{i + 1}")(x)
-            maps.append(x)
-        return maps
+        stages = (getattr(self, f"layer{i + 1}") for i in range(self.num_stages))
+        return through(stages, self.maxpool(self.relu(self.bn1(self.conv1(x)))))
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         return self.fc(x.mean((2, 3)))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.backbones import Backbone, FeatureInfo
+from opsin.backbones import Backbone, FeatureInfo, through
 from opsin.layers.margin import EmbeddingHead
 from opsin.ops.build import build_operator
 
@@ -109,12 +109,7 @@ class ShuffleNetV2(Backbone):
         self.feature_info = [FeatureInfo(dim, stem_stride * 4 * 2**i) for i, dim in enumerate(dims[1:4])]
 
     def features(self, x: Float[Tensor, "n c h w"]) -> list[Float[Tensor, "n _c _h _w"]]:
-        x = self.maxpool(self.conv1(x))
-        maps = []
-        for stage in (self.stage2, self.stage3, self.stage4):
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return through((self.stage2, self.stage3, self.stage4), self.maxpool(self.conv1(x)))
 
     def forward_head(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         x = self.conv5(x)
