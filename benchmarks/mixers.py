@@ -9,8 +9,13 @@ where it was interrupted, followed by the table and the plot for the documentati
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import studentized_range
 
 import opsin
 from opsin.train.comparison import Comparison
@@ -31,43 +36,61 @@ def main() -> None:
         "cifar10", "metanet_xt(mixer=*)", epochs=6, seeds=3, data_options={"limit": 10000}, out=options.folder,
         jobs=options.jobs,
     )  # fmt: skip
-    RESULTS.write_text(json.dumps(record(comparison), indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(comparison.ranking))
+    found = record(comparison)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    least = found["smallest_difference"]
+    RESULTS.with_suffix(".md").write_text(table(comparison.ranking, least))
+    RESULTS.with_suffix(".circumstances.md").write_text(
+        f"Measured {found['date']} on {found['circumstances']['machine']}, in {found['seconds_of_training'] / 60:.0f} "
+        f"minutes of training. Mean validation accuracies within {100 * least:.1f} points are not told apart.\n"
+    )
     shutil.copy(comparison.folder / "pareto.svg", PLOT)
 
 
-def record(comparison: Comparison) -> dict[str, object]:
+def record(comparison: Comparison) -> dict[str, Any]:
     """Settings, circumstances and the ranking, as plain data."""
     rows = [{**vars(row), "behind": row.behind and vars(row.behind)} for row in comparison.ranking]
     seconds = comparison.query("SELECT sum(seconds) AS s FROM trials")[0]["s"]
+    scores = comparison.query("SELECT model, seed, val, test, steps, seconds FROM scores ORDER BY model, seed")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "circumstances": comparison.circumstances,
         "settings": comparison.settings.fixed, "seeds": comparison.settings.seeds,
         "seconds_of_training": round(seconds), "frontier": [row.model for row in frontier(comparison.ranking)],
-        "scores": comparison.query("SELECT model, seed, val, test, steps, seconds FROM scores ORDER BY model, seed"),
-        "ranking": rows,
+        "scores": scores, "ranking": rows,
+        "smallest_difference": smallest_difference([score["val"] for score in scores], comparison.settings.seeds),
     }  # fmt: skip
 
 
-def table(rows: list[Row]) -> str:
-    """The ranking as Markdown; what is not told apart from the best by the seeds is marked."""
+def smallest_difference(scores: Sequence[float], seeds: Sequence[int]) -> float:
+    """Tukey's honestly significant difference between two means, seeds as blocks: 95 % for all pairs together.
+
+    One interval per pair, as `compare` prints them, would be wrong for about one in twenty of so many pairs.
+    """
+    table = np.asarray(scores).reshape(-1, len(seeds))
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    models, blocks = table.shape
+    freedom = (models - 1) * (blocks - 1)
+    error = np.sqrt((rest**2).sum() / freedom / blocks)
+    return float(studentized_range.ppf(0.95, models, freedom) * error)
+
+
+def table(rows: list[Row], smallest: float) -> str:
+    """The ranking as Markdown; = marks what is not told apart from the best."""
     lines = [
-        "| mixer | val. accuracy, % | test, % | behind the best, points (95 %) | parameters | MACs, M | ms | MiB |",
+        "| mixer | val. accuracy, % | test, % | behind the best, points | parameters | MACs, M | ms | MiB |",
         "|" + " --- |" * 8,
     ]
+    best = rows[0].val or 0.0
     for name, row in zip(short_names([row.model for row in rows]), rows, strict=True):
         if row.val is None or row.test is None:
             lines.append(f"| {name} | failed" + " |" * 7)
             continue
-        gap = (
-            ""
-            if row.behind is None
-            else f"{100 * row.behind.mean:.1f} ({100 * row.behind.low:.1f} to {100 * row.behind.high:.1f})"
-        )
+        gap = best - row.val
         cells = [
-            f"`{name}`" + " =" * row.tied, f"{100 * row.val:.1f} ± {100 * (row.val_sd or 0):.1f}",
-            f"{100 * row.test:.1f} ± {100 * (row.test_sd or 0):.1f}", gap, f"{(row.params or 0) / 1e3:.0f} k",
-            f"{(row.macs or 0) / 1e6:.1f}", f"{row.latency_ms or 0:.1f}", f"{(row.memory or 0) / 2**20:.1f}",
+            f"`{name}`", f"{100 * row.val:.1f} ± {100 * (row.val_sd or 0):.1f}",
+            f"{100 * row.test:.1f} ± {100 * (row.test_sd or 0):.1f}", f"{100 * gap:.1f}" + " =" * (gap < smallest),
+            f"{(row.params or 0) / 1e3:.0f} k", f"{(row.macs or 0) / 1e6:.1f}", f"{row.latency_ms or 0:.1f}",
+            f"{(row.memory or 0) / 2**20:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
