@@ -5,7 +5,7 @@ from typing import Literal
 from opsin.ops.spectral.sequence import SequenceClassifier
 from opsin.ops.spectral.sgconv import Init, Mode, SGConv, Stretch
 
-VARIANTS = {"sgconv_lra": dict(inputs=1, classes=10, dim=512, bidirectional=True)}
+VARIANTS = {"sgconv_lra": dict(inputs=1, classes=10, dim=512, bidirectional=True, tie_dropout=True)}
 
 
 class SGConvModel(SequenceClassifier):
