@@ -106,6 +106,23 @@ def round_trip(build: Build) -> None:
     assert torch.equal(second(x), first.eval()(x)), "something that the output depends on is not in the state"
 
 
+def follows_training(build: Build) -> None:
+    """Evaluated before and after a step of an optimizer that writes without counting, it is what its state says."""
+    op, x = stirred(build(SIZE)).eval(), image()
+    parameters = list(op.parameters())
+    if not parameters:
+        return
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    with torch.no_grad():
+        op(x)
+        fused = all(p.is_floating_point() for p in parameters)
+        torch.optim.AdamW(parameters, lr=0.01, fused=fused).step()
+        fresh = build(SIZE).eval()
+        fresh.load_state_dict(copy.deepcopy(op.state_dict()))
+        assert torch.equal(op(x), fresh(x)), "it keeps something that was made from older parameters"
+
+
 def matches_reference(build: Build) -> None:
     """The fast path and the readable one agree, in values and in gradients; at odd sizes, and with repeated use."""
     for size in (SIZE, *ODD):
@@ -174,7 +191,16 @@ def defaults(card: Card) -> dict[str, object]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-ALWAYS = (returns_maps, gradients, independent_samples, bfloat16, exports, round_trip, matches_reference)
+ALWAYS = (
+    returns_maps,
+    gradients,
+    independent_samples,
+    bfloat16,
+    exports,
+    round_trip,
+    follows_training,
+    matches_reference,
+)
 MIXERS_ONLY = (keeps_shape,)
 
 
@@ -290,10 +316,24 @@ class StaleInEval(Good):
         return nn.functional.conv2d(x, self.weight, padding=1, groups=DIM)
 
 
+class KeepsUntilCounted(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: tuple[int, Tensor] = (-1, self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        if self.kept[0] != self.gain._version:
+            self.kept = (self.gain._version, self.gain.clone())
+        return nn.functional.conv2d(x, self.weight, padding=1, groups=DIM) * self.kept[1][:, None, None]
+
+
 BROKEN = [
     (returns_maps, LosesPositions), (returns_maps, OnlyEvenSides), (keeps_shape, Shrinks), (keeps_shape, OnlyEvenSides),
     (gradients, DropsAParameter), (independent_samples, MixesSamples), (bfloat16, OnlyFloat32),
     (exports, BranchesOnValues), (exports, FreezesTheBatch), (round_trip, UnsavedTensor),
+    (follows_training, KeepsUntilCounted),
     (matches_reference, AnotherFastPath), (matches_reference, AnotherGradient), (matches_reference, StaleInEval),
 ]  # fmt: skip
 

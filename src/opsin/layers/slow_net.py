@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opsin.layers.kept import written
+
 KEPT_SIZES = 4  # kernels of so many resolutions are kept for inference
 
 
@@ -81,7 +83,7 @@ class SlowNet(nn.Module):
             return self.generate(size)
         if not self._is_current():
             self.forget()
-            self._source = [(p.detach(), _version(p)) for p in self.parameters()]
+            self._source = [(p.detach(), written(p)) for p in self.parameters()]
         if tuple(size) not in self._kept:
             if len(self._kept) == KEPT_SIZES:
                 self._kept.pop(next(iter(self._kept)))
@@ -92,12 +94,12 @@ class SlowNet(nn.Module):
     def forget(self) -> None:
         """Drops the kept kernels; needed by hand only after writing into `parameter.data`."""
         self._kept: dict[tuple[int, ...], Tensor] = {}
-        self._source: list[tuple[Tensor, int]] = []  # the memory that they were made from, and its state
+        self._source: list[tuple[Tensor, tuple[int, int]]] = []  # the memory that they were made from, and its state
 
     def _is_current(self) -> bool:
         parameters = list(self.parameters())
         return len(parameters) == len(self._source) and all(
-            p.data_ptr() == kept.data_ptr() and p.dtype == kept.dtype and _version(p) == version
+            p.data_ptr() == kept.data_ptr() and p.dtype == kept.dtype and written(p) == version
             for p, (kept, version) in zip(parameters, self._source, strict=True)
         )
 
@@ -110,8 +112,3 @@ class SlowNet(nn.Module):
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """In float32, whatever the parameters are: phases of many radians need it."""
     return F.linear(x, layer.weight.float(), layer.bias.float())
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written in place."""
-    return 0 if tensor.is_inference() else tensor._version

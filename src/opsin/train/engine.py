@@ -18,6 +18,7 @@ from torch import multiprocessing
 from torch.multiprocessing import ProcessRaisedException
 
 from opsin.errors import BadInput, TrainingFailed
+from opsin.train.allocator import keep_freed_memory
 from opsin.train.checkpoint import RunCheckpoints
 from opsin.train.defaults import Plan
 from opsin.train.module import Diverged
@@ -40,6 +41,8 @@ def make_trainer(
     logger: TensorBoardLogger | bool = False, root: Path | None = None,
 ) -> Trainer:  # fmt: skip
     """A trainer without ornaments. Several devices are processes of their own, joined by DDP."""
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     return Trainer(
         accelerator="auto", devices=devices, strategy=SpawnedProcesses(start_method="spawn") if devices > 1 else "auto",
         precision=PRECISIONS[precision], max_epochs=math.ceil(plan.steps / plan.steps_per_epoch),  # type: ignore[arg-type]

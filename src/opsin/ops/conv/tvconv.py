@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
+from opsin.layers.kept import written
 
 CACHED_BYTES = 2**20  # part of a map that all taps pass over before the next part, about a core's own cache
 
@@ -189,17 +190,18 @@ class TVConv(nn.Module):
             weight, bias = self.generate()
         self.register_buffer("cached_weight", weight, persistent=False)
         self.register_buffer("cached_bias", bias, persistent=False)
-        self._source = [(p.detach(), _version(p)) for p in self.parameters()]
+        self._source = [(p.detach(), written(p)) for p in self.parameters()]
 
     def uncache(self) -> None:
         """Forgets the kept filters."""
         self.register_buffer("cached_weight", None, persistent=False)
         self.register_buffer("cached_bias", None, persistent=False)
-        self._source: list[tuple[Tensor, int]] = []  # the memory that the kept filters were made from, and its state
+        # the memory that the kept filters were made from, and its state
+        self._source: list[tuple[Tensor, tuple[int, int]]] = []
 
     def _is_current(self) -> bool:
         pairs = zip(self.parameters(), self._source, strict=True)
-        return all(p.data_ptr() == kept.data_ptr() and _version(p) == version for p, (kept, version) in pairs)
+        return all(p.data_ptr() == kept.data_ptr() and written(p) == version for p, (kept, version) in pairs)
 
     def train(self, mode: bool = True) -> "TVConv":
         super().train(mode)
@@ -213,11 +215,6 @@ class TVConv(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, size={tuple(self.posi_map.shape[2:])}, stride={self.stride}"
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written in place."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class PositionConv(nn.Module):

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from opsin.layers.kept import written
+
 Gates = tuple[Tensor | None, Tensor | None]
 BLOCK = 2**20  # bytes of padded float32 signals that one thread of a CPU transforms at once
 
@@ -193,24 +195,19 @@ class Kept:
     def __init__(self) -> None:
         self.key: object = None
         self.value: Any = None
-        self.source: list[tuple[Tensor, int]] = []
+        self.source: list[tuple[Tensor, tuple[int, int]]] = []
 
     def __call__(self, key: object, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         if key != self.key or not self._current(tensors):
             with torch.inference_mode(False), torch.no_grad():
                 self.key, self.value = key, make()
-            self.source = [(t.detach(), _version(t)) for t in tensors]
+            self.source = [(t.detach(), written(t)) for t in tensors]
         return self.value
 
     def _current(self, tensors: Sequence[Tensor]) -> bool:
         pairs = list(zip(tensors, self.source, strict=False))
-        same = all(t.data_ptr() == kept.data_ptr() and _version(t) == version for t, (kept, version) in pairs)
+        same = all(t.data_ptr() == kept.data_ptr() and written(t) == version for t, (kept, version) in pairs)
         return same and len(pairs) == len(tensors) == len(self.source)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written in place."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def may_keep(module: nn.Module, x: Tensor) -> bool:
