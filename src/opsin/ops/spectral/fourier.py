@@ -66,9 +66,11 @@ def filtered(
 
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
+    if u.device.type != "cpu" or torch.compiler.is_compiling():
+        return _filtered(u, k, *gates, start, n)
     rows = u.shape[:-2].numel() * k.shape[:-2].numel()
     features = BLOCK * torch.get_num_threads() // (4 * n * rows) or 1
-    if features >= u.shape[-2] or u.device.type != "cpu" or torch.compiler.is_compiling():
+    if features >= u.shape[-2]:
         return _filtered(u, k, *gates, start, n)
     blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, *gates)]
     return torch.cat([_filtered(*block, start, n) for block in zip(*blocks, strict=False)], -2)
