@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from opsin.layers.kept import written
 
 Gates = tuple[Tensor | None, Tensor | None]
-BLOCK = 2**20  # bytes of padded float32 signals that one thread of a CPU transforms at once
+BLOCK = 2**22  # bytes of padded float32 signals that one thread of a CPU transforms at once
 
 
 @cache
@@ -77,10 +77,15 @@ def filtered(
 
 
 def _filtered(u: Tensor, k: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, start: int, n: int) -> Tensor:
-    u_f, k_f = spectrum(gated(u, gate_in), n), k if k.is_complex() else spectrum(k, n)
-    in_place = k.shape[:-2].numel() == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    y = torch.fft.irfft(u_f.mul_(k_f) if in_place else u_f * k_f, n).narrow(-1, start, u.shape[-1])
+    y_f = _product(spectrum(gated(u, gate_in), n), k if k.is_complex() else spectrum(k, n))
+    y = torch.fft.irfft(y_f, n).narrow(-1, start, u.shape[-1])
     return gated(y if y.dtype == u.dtype else y.to(u.dtype), gate_out)
+
+
+def _product(u_f: Tensor, k_f: Tensor) -> Tensor:
+    """In the place of u_f where nobody needs it, so that the transform back finds memory still in the caches."""
+    in_place = k_f.ndim <= u_f.ndim and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return u_f.mul_(k_f) if in_place and k_f.shape[:-2].numel() == 1 else u_f * k_f
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
