@@ -36,7 +36,8 @@ Pair = tuple[str, str, Tensor, Callable[[Tensor], Any], Callable[[Tensor], Any]]
 def pairs() -> Iterator[Pair]:
     """Kind, layer, input, the layer alone, and the layer with what is added."""
     for n, dim, side, ratio in STAGES:
-        x, where = torch.randn(n, dim, side, side), f"{n} x {dim} x {side} x {side}"
+        x = torch.randn(n, dim, side, side).to(memory_format=torch.channels_last)  # as the networks hold it
+        where = f"{n} x {dim} x {side} x {side}"
         plain, anchored = (
             opsin.create(name, dim=dim, window_size=7).eval() for name in ("window_attention", "poly_anchor_vit")
         )

@@ -21,6 +21,8 @@ from opsin.compress.adaptive_token_sampler import (
     trace,
 )
 from opsin.data import Data
+from opsin.deploy import export
+from opsin.deploy.runner import open_runner
 from opsin.errors import BadInput
 from opsin.measure.cost import count_macs
 
@@ -152,6 +154,12 @@ def test_exported_programs_mask_what_eager_drops(tokens):
         assert torch.allclose(program(x), sampled(x), atol=1e-12)
         other = images(seed=1)
         assert torch.allclose(program(other), sampled(other), atol=1e-12), "another image, other tokens"
+
+
+def test_it_leaves_as_an_onnx_file(tmp_path):
+    sampled, x = SampledViT(network().float(), 1, 12).eval(), images().float()
+    runner = open_runner(export(sampled, tmp_path / "m.onnx", input_size=20))
+    assert torch.allclose(runner(x), sampled(x), atol=1e-4)
 
 
 def test_cost_by_formula_is_the_cost_that_is_counted():
