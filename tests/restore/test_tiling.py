@@ -69,7 +69,7 @@ def test_blended_spans_overlap_and_their_weights_sum_to_one(length, tile, scale)
     assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(16, 50))
 @torch.no_grad()
 def test_tiles_of_a_convolutional_net_are_the_whole(height, width, tile):

@@ -259,12 +259,15 @@ def test_an_interrupt_leaves_a_folder_to_go_on_from(data, net, out, tmp_path, mo
                 signal.raise_signal(signal.SIGINT)
             super().on_train_batch_start(trainer, pl_module, *rest)
 
-    handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "Streams", Impatient)
-        with pytest.raises(KeyboardInterrupt):
-            fit(net(), data, out=out, **QUICK)
-    assert signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "Streams", Impatient)
+            with pytest.raises(KeyboardInterrupt):
+                fit(net(), data, out=out, **QUICK)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(BadInput, match="goes on where it stopped"):
         Run.load(out)
     straight = fit(net(), data, out=tmp_path / "straight", **QUICK)
