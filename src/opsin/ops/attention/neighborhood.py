@@ -189,11 +189,9 @@ def small(axes: tuple[Axis, ...]) -> bool:
     return 4 * keys >= 3 * tokens and tokens <= MOST_DENSE
 
 
-def dense(
-    q: Float[Tensor, "n x h d"], k: Float[Tensor, "n x h d"], v: Float[Tensor, "n x h e"], axes: tuple[Axis, ...],
-    scale: float, bias: Tensor | None,
-) -> Float[Tensor, "n x h e"]:  # fmt: skip
-    """All pairs of tokens under the mask of the rule: the definition, word by word."""
+@lru_cache(maxsize=32)
+def pairs(axes: tuple[Axis, ...]) -> tuple[Bool[np.ndarray, "x x"], list[Int[np.ndarray, "_x _x"]]]:
+    """Whether the second token is in the window of the first, and per axis its place minus the first one's."""
     inside, offset = [], []
     for axis in axes:
         token = np.arange(axis.length)
@@ -201,7 +199,16 @@ def dense(
         place, same = token // axis.dilation, token[:, None] % axis.dilation == token % axis.dilation
         inside.append(same & (place >= start) & (place < stop))
         offset.append(place - place[:, None])
-    mask = torch.as_tensor(_outer(inside, np.logical_and), device=q.device)
+    return _outer(inside, np.logical_and), offset
+
+
+def dense(
+    q: Float[Tensor, "n x h d"], k: Float[Tensor, "n x h d"], v: Float[Tensor, "n x h e"], axes: tuple[Axis, ...],
+    scale: float, bias: Tensor | None,
+) -> Float[Tensor, "n x h e"]:  # fmt: skip
+    """All pairs of tokens under the mask of the rule: the definition, word by word."""
+    inside, offset = pairs(axes) if q.shape[1] <= MOST_DENSE else pairs.__wrapped__(axes)  # keeps no large ones
+    mask = torch.as_tensor(inside, device=q.device)
     if bias is not None:
         mask = _looked_up(bias, offset).masked_fill(~mask, -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
