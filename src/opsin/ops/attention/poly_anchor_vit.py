@@ -32,14 +32,14 @@ def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Te
     the first.
     """
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    rows, columns = (s if side % s == 0 else 1 for side, s in zip(x.shape[2:], stride))
-    single = torch.promote_types(x.dtype, torch.float32)
+    single, (height, width) = torch.promote_types(x.dtype, torch.float32), x.shape[2:]
+    rows, columns = (s if side % s == 0 else 1 for side, s in zip((height, width), stride, strict=True))
     if x.stride(1) == 1:  # channels last: without a copy of the map
         energy = torch.linalg.vector_norm(x, dim=1, dtype=single).square()
     else:
         energy = x.to(single).square().sum(1)
-    energy = energy.unflatten(1, (-1, rows)).sum(1, dtype=exact).unflatten(2, (-1, columns)).sum(2)
-    best = energy.flatten(1).argmax(1)
+    energy = energy.view(-1, height // rows, rows, width).sum(1, dtype=exact)
+    best = energy.view(-1, rows, width // columns, columns).sum(2).flatten(1).argmax(1)
     return best // columns, best % columns
 
 
