@@ -4,6 +4,7 @@ A tensor counts how often it was written in place, but an optimizer that does it
 writes without counting. So every step of any optimizer counts too.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,21 @@ def _count(*_: Any) -> None:
 register_optimizer_step_post_hook(_count)
 
 
-def written(tensor: Tensor) -> tuple[int, int]:
-    """Changes when a tensor was written in place or an optimizer may have moved it; not when `tensor.data` was."""
+class Source:
+    """Tensors that something was computed from, as they were then (writing into `tensor.data` goes unseen)."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self.seen = [(t.detach(), _written(t)) for t in tensors]  # detached: the memory stays taken, and so its address
+
+    def is_still(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these are the tensors, in the same memory and unchanged."""
+        now = list(tensors)
+        return len(now) == len(self.seen) and all(
+            t.data_ptr() == then.data_ptr() and t.dtype == then.dtype and _written(t) == state
+            for t, (then, state) in zip(now, self.seen, strict=True)
+        )
+
+
+def _written(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a tensor was written in place or an optimizer may have moved it."""
     return (0 if tensor.is_inference() else tensor._version), _steps

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.layers.kept import written
+from opsin.layers.kept import Source
 
 KEPT_SIZES = 4  # kernels of so many resolutions are kept for inference
 
@@ -81,9 +81,9 @@ class SlowNet(nn.Module):
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self.training or learning or torch.compiler.is_compiling():
             return self.generate(size)
-        if not self._is_current():
+        if not self._source.is_still(self.parameters()):
             self.forget()
-            self._source = [(p.detach(), written(p)) for p in self.parameters()]
+            self._source = Source(self.parameters())
         if tuple(size) not in self._kept:
             if len(self._kept) == KEPT_SIZES:
                 self._kept.pop(next(iter(self._kept)))
@@ -94,14 +94,7 @@ class SlowNet(nn.Module):
     def forget(self) -> None:
         """Drops the kept kernels; needed by hand only after writing into `parameter.data`."""
         self._kept: dict[tuple[int, ...], Tensor] = {}
-        self._source: list[tuple[Tensor, tuple[int, int]]] = []  # the memory that they were made from, and its state
-
-    def _is_current(self) -> bool:
-        parameters = list(self.parameters())
-        return len(parameters) == len(self._source) and all(
-            p.data_ptr() == kept.data_ptr() and p.dtype == kept.dtype and written(p) == version
-            for p, (kept, version) in zip(parameters, self._source, strict=True)
-        )
+        self._source = Source()
 
     def train(self, mode: bool = True) -> "SlowNet":
         if mode:

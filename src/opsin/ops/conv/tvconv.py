@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.layers.kept import written
+from opsin.layers.kept import Source
 
 CACHED_BYTES = 2**20  # part of a map that all taps pass over before the next part, about a core's own cache
 
@@ -180,7 +180,7 @@ class TVConv(nn.Module):
             return self.generate()
         if torch.compiler.is_compiling():
             return self.generate() if self.cached_weight is None else (self.cached_weight, self.cached_bias)
-        if self.cached_weight is None or not self._is_current():
+        if self.cached_weight is None or not self._source.is_still(self.parameters()):
             self.cache()
         return self.cached_weight, self.cached_bias
 
@@ -190,18 +190,13 @@ class TVConv(nn.Module):
             weight, bias = self.generate()
         self.register_buffer("cached_weight", weight, persistent=False)
         self.register_buffer("cached_bias", bias, persistent=False)
-        self._source = [(p.detach(), written(p)) for p in self.parameters()]
+        self._source = Source(self.parameters())
 
     def uncache(self) -> None:
         """Forgets the kept filters."""
         self.register_buffer("cached_weight", None, persistent=False)
         self.register_buffer("cached_bias", None, persistent=False)
-        # the memory that the kept filters were made from, and its state
-        self._source: list[tuple[Tensor, tuple[int, int]]] = []
-
-    def _is_current(self) -> bool:
-        pairs = zip(self.parameters(), self._source, strict=True)
-        return all(p.data_ptr() == kept.data_ptr() and written(p) == version for p, (kept, version) in pairs)
+        self._source = Source()
 
     def train(self, mode: bool = True) -> "TVConv":
         super().train(mode)

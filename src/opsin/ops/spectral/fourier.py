@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from opsin.layers.kept import written
+from opsin.layers.kept import Source
 
 Gates = tuple[Tensor | None, Tensor | None]
 BLOCK = 2**22  # bytes of padded float32 signals that one thread of a CPU transforms at once
@@ -197,24 +197,19 @@ def long_conv(
 
 
 class Kept:
-    """What was computed from tensors, for as long as they stay as they are (writing into `tensor.data` goes unseen)."""
+    """What was computed from tensors, for as long as they stay as they are."""
 
     def __init__(self) -> None:
         self.key: object = None
         self.value: Any = None
-        self.source: list[tuple[Tensor, tuple[int, int]]] = []
+        self.source = Source()
 
     def __call__(self, key: object, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        if key != self.key or not self._current(tensors):
+        if key != self.key or not self.source.is_still(tensors):
             with torch.inference_mode(False), torch.no_grad():
                 self.key, self.value = key, make()
-            self.source = [(t.detach(), written(t)) for t in tensors]
+            self.source = Source(tensors)
         return self.value
-
-    def _current(self, tensors: Sequence[Tensor]) -> bool:
-        pairs = list(zip(tensors, self.source, strict=False))
-        same = all(t.data_ptr() == kept.data_ptr() and written(t) == version for t, (kept, version) in pairs)
-        return same and len(pairs) == len(tensors) == len(self.source)
 
 
 def may_keep(module: nn.Module, x: Tensor) -> bool:
