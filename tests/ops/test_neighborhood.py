@@ -13,7 +13,7 @@ from opsin.errors import BadInput, UnknownName
 from opsin.measure.cost import count_macs
 from opsin.measure.memory import LiveTensors
 from opsin.ops.attention import neighborhood
-from opsin.ops.attention.neighborhood import Axis, flex_mask, neighborhood_attention, rule, small
+from opsin.ops.attention.neighborhood import Axis, flex_mask, neighborhood_attention, pairs, rule, small
 from opsin.ops.attention.neighborhood_attention import NeighborhoodAttention
 from opsin.ops.attention.self_attention import SelfAttention
 
@@ -233,3 +233,11 @@ def test_small_maps_take_all_pairs():
     """Where a tile's keys are nearly the whole map, copying them would only cost; large maps never take all pairs."""
     assert small(rule((14, 14), 7)) and small(rule((16, 16), 7)) and small(rule((9,), 9))
     assert not small(rule((24, 24), 7)) and not small(rule((16, 16), 3)) and not small(rule((64, 64), 63))
+
+
+def test_masks_of_small_maps_only_are_kept():
+    pairs.cache_clear()
+    for side, kept in ((6, 1), (36, 1), (7, 2)):
+        q = torch.randn(1, side, side, 1, 4)
+        neighborhood_attention(q, q, q, 3, backend="dense")
+        assert pairs.cache_info().currsize == kept

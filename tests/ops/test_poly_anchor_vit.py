@@ -27,6 +27,14 @@ def test_the_strongest_component_comes_first_in_every_sample():
         assert torch.equal(moved[sample], x[sample].roll(shift, (1, 2))), "each sample moves by its own phase"
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_the_choice_is_that_of_the_norms(memory):
+    x = torch.randn(32, 3, 8, 12).to(memory_format=memory)
+    norms = torch.stack([x[:, :, i::4, j::4].flatten(1).norm(dim=1) for i in range(4) for j in range(4)], 1)
+    down, right = phases(x, (4, 4))
+    assert torch.equal(4 * down + right, norms.argmax(1))
+
+
 def test_the_choice_of_the_official_operator():
     """willding123/Shift-Equivariant-Vision-Transformers, PolyOrder with patches of 3 on a 6x6 map of this formula."""
     x = torch.sin(0.9 * torch.arange(144.0) ** 1.1).view(2, 2, 6, 6)

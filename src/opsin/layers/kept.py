@@ -31,7 +31,7 @@ class Source:
         """Whether these are the tensors, in the same memory and unchanged."""
         now = list(tensors)
         return len(now) == len(self.seen) and all(
-            t.data_ptr() == then.data_ptr() and t.dtype == then.dtype and _written(t) == state
+            t.data_ptr() == then.data_ptr() and _written(t) == state
             for t, (then, state) in zip(now, self.seen, strict=True)
         )
 
