@@ -71,15 +71,22 @@ def seconds(*arguments: str) -> float:
     return min(times)
 
 
+@pytest.fixture(scope="module")
+def slowness() -> float:
+    """How much slower this machine is than one that loads what every command needs in 0.12 processor seconds."""
+    return max(1.0, seconds("-c", "import json, tomllib, typer.main, rich.console, rich.table") / 0.12)
+
+
 @pytest.mark.parametrize("command", [["--version"], ["list"], ["show", "inceptionnext"]])
-def test_the_catalogue_answers_quickly_and_without_torch(command):
-    code = f"import sys; from opsin.cli import run; run({command!r}); assert 'torch' not in sys.modules"
-    assert seconds("-c", code) < 0.3
+def test_the_catalogue_answers_quickly_and_without_torch(command, slowness):
+    heavy = "{'torch', 'numpy', 'pydantic'}"
+    code = f"import sys; from opsin.cli import run; run({command!r}); assert not {heavy} & set(sys.modules)"
+    assert seconds("-c", code) < 0.3 * slowness
 
 
-def test_import_is_light():
+def test_import_is_light(slowness):
     code = "import sys, opsin; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    assert seconds("-c", code) < 0.15
+    assert seconds("-c", code) < 0.15 * slowness
 
 
 def test_python_dash_m_is_the_same():
