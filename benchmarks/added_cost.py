@@ -4,8 +4,9 @@
 
 Forward passes without gradients, in turns; `added` is the ratio of medians less 1. Token sampling keeps every token
 here, so that nothing but the sampling itself is added: what it saves is not counted. Anchoring an image before its
-patch embedding is measured too: there the layer is one cheap convolution. Everything is timed twice: with an allocator
-that returns freed memory to the system, where every larger tensor may come as fresh pages, and with one that keeps it.
+patch embedding is measured too, where the layer is one cheap convolution, and so are whole networks. Everything is
+timed twice: with an allocator that returns freed memory to the system, where every larger tensor may come as fresh
+pages, and with one that keeps it.
 """
 
 import argparse
@@ -47,11 +48,18 @@ def pairs() -> Iterator[Pair]:
         yield "anchoring, attention", f"window attention, {where}", x, plain, anchored
         reduced = opsin.create("subsampled_attention", dim=dim, sr_ratio=ratio).eval()
         yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, ratio)
-    for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 4, 64)):
+    for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 16, 768), (8, 4, 64)):
         x, embed = torch.randn(n, 3, 224, 224), nn.Conv2d(3, dim, patch, patch)
-        name = f"patch embedding, {n} x 3 x 224 x 224, patches of {patch}"
+        name = f"patch embedding, {n} x 3 x 224 x 224, {dim} channels, patches of {patch}"
         yield "anchoring, patch embedding", name, x, embed, after_anchor(embed, patch)
     yield from sampled_blocks()
+    for plain_name, name in (
+        ("vit_small_patch16_224", "polyvit_small_patch16"),
+        ("twins_svt_small", "polytwins_svt_small"),
+    ):
+        x = torch.randn(2, 3, 224, 224)
+        plain, anchored = (opsin.create(key).eval() for key in (plain_name, name))
+        yield "anchoring, network", f"{name} after {plain_name}, 2 images", x, plain, anchored
 
 
 def after_anchor(layer: nn.Module, stride: int) -> Callable[[Tensor], Tensor]:

@@ -46,17 +46,16 @@ def inverse_transform(
     scores: Float[Tensor, "n p"], exists: Bool[Tensor, "n p"], tokens: int
 ) -> Bool[Tensor, "n p"]:  # fmt: skip
     """The paper's choice: tokens whose cumulative score is nearest to one of K - 1 points. The least one never is."""
-    order = scores.masked_fill(~exists, -1.0).argsort(1)
-    exists = exists.gather(1, order)
-    total = scores.gather(1, order).masked_fill(~exists, 0.0).cumsum(1)
-    least = total.masked_fill(~exists, torch.inf).amin(1, keepdim=True)
+    ordered, order = scores.masked_fill(~exists, -1.0).sort(1)
+    absent = ordered < 0  # these come first, and add nothing
+    total = ordered.clamp_min(0).cumsum(1)
+    least = total.masked_fill(absent, torch.inf).amin(1, keepdim=True)
     cdf = (total - least) / (total[:, -1:] - least).clamp_min(torch.finfo(total.dtype).tiny)
-    start = cdf.masked_fill(~exists | (cdf <= 0), torch.inf).amin(1, keepdim=True).clamp_max(1.0)
-    points = start + (1 - start) * torch.linspace(0, 1, tokens - 1, device=scores.device, dtype=scores.dtype)
-    cdf = cdf.masked_fill(~exists, -torch.inf)
-    right = (cdf[:, None] < points[:, :, None]).sum(2).clamp_max(cdf.shape[1] - 1)
-    left = (right - 1).clamp_min(0)
-    nearest = torch.where(points - cdf.gather(1, left) <= cdf.gather(1, right) - points, left, right)
+    start = cdf.masked_fill(cdf <= 0, torch.inf).amin(1, keepdim=True).clamp_max(1.0)
+    points = start.addcmul(1 - start, torch.linspace(0, 1, tokens - 1, device=scores.device, dtype=scores.dtype))
+    cdf = cdf.masked_fill(absent, -torch.inf)
+    midway = (cdf[:, 1:] + cdf[:, :-1]) / 2  # the nearest token is as far on as a point has left of these behind
+    nearest = (midway[:, None] < points[:, :, None]).sum(2)
     return torch.zeros_like(exists).scatter_(1, order.gather(1, nearest), True)
 
 
@@ -76,13 +75,17 @@ CHOICES: dict[str, Choice] = {"inverse_transform": inverse_transform, "top_k": t
 
 def significance(
     query: Float[Tensor, "n h d"], keys: Float[Tensor, "n h t d"], values: Float[Tensor, "n h t d"], scale: float,
-    exists: Bool[Tensor, "n t"], score: Score,
+    exists: Bool[Tensor, "n t"] | None, score: Score,
 ) -> Float[Tensor, "n p"]:  # fmt: skip
-    """S of the patches, which sums to 1: the class token's attention, times the length of what it would read."""
+    """S of the patches, which sums to 1: the class token's attention, times the length of what it would read.
+
+    exists: None where all tokens do.
+    """
     logits = (scale * query.unsqueeze(2) @ keys.transpose(2, 3)).float().squeeze(2)
-    attention = logits.masked_fill(~exists[:, None], -torch.inf).softmax(-1).sum(1)
+    logits = logits if exists is None else logits.masked_fill(~exists[:, None], -torch.inf)
+    attention = logits.softmax(-1).sum(1)
     if score == "attention_value":
-        attention = attention * values.float().square().sum((1, 3)).sqrt()
+        attention = attention * torch.linalg.vector_norm(values.float(), dim=(1, 3))
     patches = attention[:, 1:]
     return patches / patches.sum(1, keepdim=True).clamp_min(torch.finfo(patches.dtype).tiny)
 
@@ -143,13 +146,15 @@ class SampledViT(nn.Module):
     ) -> tuple[Float[Tensor, "n s c"], Bool[Tensor, "n s"]]:
         """A block whose attention has the kept tokens' queries only, on all keys."""
         q, k, v = block.attn.heads(block.norm1(z))
+        missing = torch.compiler.is_compiling() or not exists.all()
         with torch.no_grad():
-            scores = significance(q[:, :, 0], k, v, block.attn.scale, exists, self.score)
+            scores = significance(q[:, :, 0], k, v, block.attn.scale, exists if missing else None, self.score)
             keep = F.pad(CHOICES[self.choice](scores, exists[:, 1:], tokens), (1, 0), value=True)
-            late = torch.arange(keep.shape[1], device=keep.device)
-            kept = (2 * late[-1] * keep - late).topk(self._width(keep, tokens)).indices  # in their order, then the rest
-            still = keep.gather(1, kept)
-        mask = exists[:, None, None] if torch.compiler.is_compiling() or not exists.all() else None
+            count = keep.shape[1]
+            early = keep * count - torch.arange(count, device=keep.device)  # above 0 where a token is kept
+            first, kept = early.topk(self._width(keep, tokens))  # in their order, then the rest
+            still = first > 0
+        mask = exists[:, None, None] if missing else None
         q = taken(q.transpose(1, 2).flatten(2), kept).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.attn.scale)
         z = taken(z, kept)

@@ -21,7 +21,8 @@ class Shift(NamedTuple):
 
 def pad_to_windows(x: Float[Tensor, "n h w c"], window: tuple[int, int]) -> Float[Tensor, "n h2 w2 c"]:
     """Zeros below and to the right, up to multiples of the window."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
+    below, right = -x.shape[1] % window[0], -x.shape[2] % window[1]
+    return F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
 
 
 def partition(x: Float[Tensor, "n h w c"], window: tuple[int, int]) -> Float[Tensor, "n windows t c"]:

@@ -14,12 +14,14 @@ The paper leaves features in the anchored frame, and so do the networks in `opsi
 The operator here is for blocks with a shortcut, and moves its result back: op(roll(x, t)) = roll(op(x), t) for all t.
 """
 
+from functools import reduce
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsin.layers.tokens import taken
-from opsin.layers.windows import pad_to_windows, partition
+from opsin.layers.windows import pad_to_windows
 from opsin.ops.attention.window_attention import WindowAttention
 
 
@@ -36,6 +38,8 @@ def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Te
     rows, columns = (s if side % s == 0 else 1 for side, s in zip((height, width), stride, strict=True))
     if x.stride(1) == 1:  # channels last: without a copy of the map
         energy = torch.linalg.vector_norm(x, dim=1, dtype=single).square()
+    elif x.shape[1] <= 4:  # an image: plane by plane
+        energy = reduce(torch.add, (plane.to(single).square() for plane in x.unbind(1)))
     else:
         energy = x.to(single).square().sum(1)
     energy = energy.view(-1, height // rows, rows, width).sum(1, dtype=exact)
@@ -43,19 +47,21 @@ def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Te
     return best // columns, best % columns
 
 
-def rolled(size: tuple[int, int], by: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]) -> Int[Tensor, "n h w"]:
-    """The flat index that comes to every place when a plane of `size` is moved up and left by `by`, circularly."""
+def rolled(size: tuple[int, int], by: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]) -> tuple[Tensor, Tensor]:
+    """Rows (n, h) and columns (n, w) that come to every place when planes of `size` are moved up and left by `by`."""
     rows, columns = ((torch.arange(s, device=b.device) + b[:, None]) % s for s, b in zip(size, by, strict=True))
-    return rows[:, :, None] * size[1] + columns[:, None, :]
+    return rows, columns
 
 
 def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
     """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is."""
     stride = (stride, stride) if isinstance(stride, int) else stride
-    index = rolled((x.shape[2], x.shape[3]), phases(x, stride)).flatten(1)
+    rows, columns = rolled((x.shape[2], x.shape[3]), phases(x, stride))
+    down, right = (rows * x.shape[3])[:, :, None], columns[:, None]
     if x.stride(1) == 1:  # channels last: whole tokens move
-        return taken(x.permute(0, 2, 3, 1).flatten(1, 2), index).transpose(1, 2).unflatten(2, x.shape[2:])
-    return x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1)).unflatten(2, x.shape[2:])
+        return taken(x.permute(0, 2, 3, 1).flatten(1, 2), down, right).permute(0, 3, 1, 2)
+    index = (down + right).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, index).unflatten(2, x.shape[2:])
 
 
 class PolyAnchorAttention(WindowAttention):
@@ -68,16 +74,19 @@ class PolyAnchorAttention(WindowAttention):
     """
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        down, right = phases(x, self.window)
+        (height, width), (a, b), by = x.shape[2:], self.window, phases(x, self.window)
         padded = pad_to_windows(x.permute(0, 2, 3, 1), self.window)
-        size, (height, width) = (padded.shape[1], padded.shape[2]), x.shape[2:]
-        plane = torch.arange(size[0] * size[1], device=x.device)
-        cut = partition(plane.view(1, *size, 1), self.window).flatten()
-        windows = taken(padded.flatten(1, 2), rolled(size, (down, right)).flatten(1)[:, cut])
-        mixed = self.attend(windows.unflatten(1, (-1, self.window[0] ** 2))).flatten(1, 2)
-        place = torch.empty_like(cut).scatter_(0, cut, plane)[rolled(size, (-down, -right))]
-        kept = taken(mixed, place[:, :height, :width].flatten(1))
-        return self.proj(kept).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        size = padded.shape[1], padded.shape[2]
+        rows, columns = rolled(size, by)
+        down, right = (rows * size[1]).unflatten(1, (-1, a)), columns.unflatten(1, (-1, b))
+        windows = taken(padded.flatten(1, 2), down[:, :, None, :, None], right[:, None, :, None])
+        mixed = self.attend(windows.flatten(3, 4).flatten(1, 2)).flatten(1, 2)
+        rows, columns = (where[:, :side] for where, side in zip(rolled(size, (-by[0], -by[1])), (height, width)))
+        # windows before this one, in rows of windows and in the row; and tokens of this one before this token
+        down = rows // a * (a * size[1]) + rows % a * b
+        right = columns // b * (a * b) + columns % b
+        kept = taken(mixed, down[:, :, None], right[:, None])
+        return self.proj(kept).permute(0, 3, 1, 2)
 
     def reference(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Sample by sample: all components and their norms, roll, attention in fixed windows, roll back."""

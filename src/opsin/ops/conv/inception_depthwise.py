@@ -29,7 +29,7 @@ class InceptionDepthwiseConv(nn.Module):
         self.split = (dim - 3 * g, g, g, g)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        same, hw, w, h = x.split(self.split, dim=1)
+        same, hw, w, h = x.split_with_sizes(self.split, dim=1)
         return torch.cat((same, self.dwconv_hw(hw), self.dwconv_w(w), self.dwconv_h(h)), dim=1)
 
     def reference(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from opsin.errors import BadInput
 from opsin.ops.kernels import kernel_wanted, require_kernel
 from opsin.ops.spectral.fourier import (
+    FOURIER,
     Engine,
-    Fourier,
     Gates,
     Kept,
     computing,
@@ -100,6 +100,8 @@ def _engine(
     """What computes, and the size of the transform: free above `needed` for padded convolutions."""
     if backend not in ("auto", "fft", "monarch", "triton"):
         raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
+    if factors is None and (backend == "fft" or (backend == "auto" and not kernel_wanted(u))):
+        return FOURIER, fast_length(needed) if causal else needed
     n = prod(factors) if factors else 1 << max(8, (needed - 1).bit_length()) if causal else needed
     if n < needed or (n > needed and not causal):
         raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
@@ -114,7 +116,7 @@ def _engine(
             raise BadInput(f"there is no fused kernel for a transform of size {n} on this device; take backend='fft'")
     if backend == "monarch":
         return Monarch(factors), n
-    return Fourier(), fast_length(needed) if causal else needed
+    return FOURIER, fast_length(needed) if causal else needed
 
 
 def _check(u: Tensor, k: Tensor, gates: Gates, causal: bool) -> None:

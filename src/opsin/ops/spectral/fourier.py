@@ -66,26 +66,20 @@ def filtered(
 
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
-    if u.device.type != "cpu" or torch.compiler.is_compiling():
+    signals = u.numel() // u.shape[-1] * (k.numel() // (k.shape[-2] * k.shape[-1]))
+    if 4 * n * signals <= BLOCK or not u.is_cpu or torch.compiler.is_compiling():
         return _filtered(u, k, *gates, start, n)
-    rows = u.shape[:-2].numel() * k.shape[:-2].numel()
-    features = BLOCK * torch.get_num_threads() // (4 * n * rows) or 1
-    if features >= u.shape[-2]:
-        return _filtered(u, k, *gates, start, n)
+    features = u.shape[-2] * BLOCK * torch.get_num_threads() // (4 * n * signals) or 1
     blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, *gates)]
     return torch.cat([_filtered(*block, start, n) for block in zip(*blocks, strict=False)], -2)
 
 
 def _filtered(u: Tensor, k: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, start: int, n: int) -> Tensor:
-    y_f = _product(spectrum(gated(u, gate_in), n), k if k.is_complex() else spectrum(k, n))
-    y = torch.fft.irfft(y_f, n).narrow(-1, start, u.shape[-1])
+    y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
+    # in place where nobody needs it, so that the transform back finds memory still in the caches
+    alone = k_f.ndim == 2 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    y = torch.fft.irfft(y_f.mul_(k_f) if alone else y_f * k_f, n).narrow(-1, start, u.shape[-1])
     return gated(y if y.dtype == u.dtype else y.to(u.dtype), gate_out)
-
-
-def _product(u_f: Tensor, k_f: Tensor) -> Tensor:
-    """In the place of u_f where nobody needs it, so that the transform back finds memory still in the caches."""
-    in_place = k_f.ndim <= u_f.ndim and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return u_f.mul_(k_f) if in_place and k_f.shape[:-2].numel() == 1 else u_f * k_f
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -123,6 +117,9 @@ class Fourier:
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
         into_u, into_k = gradients(spectrum(u, n), spectrum(k, n), grad, start, n)
         return into_u[..., : u.shape[-1]], into_k[..., : k.shape[-1]]
+
+
+FOURIER = Fourier()
 
 
 def gradients(u_f: Tensor, k_f: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
@@ -188,7 +185,7 @@ def long_conv(
     gates: each like u or None, multiplied before and after.
     """
     n = n or fast_length(needed_length(u.shape[-1], k.shape[-1], start))
-    engine = engine or Fourier()
+    engine = engine or FOURIER
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or u.is_meta:
         return engine.convolve(u, k, start, n, gates)
     if isinstance(engine, Fourier) and u.device.type == "cpu":
