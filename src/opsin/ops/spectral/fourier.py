@@ -66,10 +66,12 @@ def filtered(
 
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
-    signals = u.numel() // u.shape[-1] * (k.numel() // (k.shape[-2] * k.shape[-1]))
-    if 4 * n * signals <= BLOCK or not u.is_cpu or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not u.is_cpu:
         return _filtered(u, k, *gates, start, n)
-    features = u.shape[-2] * BLOCK * torch.get_num_threads() // (4 * n * signals) or 1
+    signals = u.numel() // u.shape[-1] * (k.numel() // (k.shape[-2] * k.shape[-1]))
+    if 4 * n * signals <= BLOCK * (threads := torch.get_num_threads()):
+        return _filtered(u, k, *gates, start, n)
+    features = u.shape[-2] * BLOCK * threads // (4 * n * signals) or 1
     blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, *gates)]
     return torch.cat([_filtered(*block, start, n) for block in zip(*blocks, strict=False)], -2)
 
