@@ -147,7 +147,7 @@ def test_blocks_of_features_are_all_features(features, monkeypatch):
     u, gates = torch.randn(2, 1, 7, 50), (torch.randn(2, 1, 7, 50), torch.randn(2, 1, 7, 50))
     k, n = torch.randn(3, 7, 50), fast_length(99)
     sizes = []
-    monkeypatch.setattr(fourier, "_filtered", lambda *a, run=fourier._filtered: sizes.append(a[0].shape[-2]) or run(*a))
+    monkeypatch.setattr(torch.fft, "irfft", lambda y, n, run=torch.fft.irfft: sizes.append(y.shape[-2]) or run(y, n))
     with torch.no_grad():
         whole = filtered(u, k, 0, n, gates)
         monkeypatch.setattr(fourier, "BLOCK", features * 2 * 3 * 4 * n // torch.get_num_threads() + 4)

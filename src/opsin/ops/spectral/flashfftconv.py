@@ -88,8 +88,8 @@ def fft_conv(
     Backward keeps the arguments only and computes the spectra again, but for "fft" on a CPU. Raises BadInput: shapes
     that do not fit, a kernel longer than a circular convolution, an unknown backend, or one that cannot run here.
     """
-    _check(u, k, gates, causal)
-    needed = needed_length(u.shape[-1], k.shape[-1], start) if causal else u.shape[-1]
+    length, taps = _sizes(u, k, gates, causal)
+    needed = needed_length(length, taps, start) if causal else length
     engine, n = _engine(u, needed, causal, backend, factors)
     return long_conv(u, k, start, n, gates, engine)
 
@@ -119,15 +119,18 @@ def _engine(
     return FOURIER, fast_length(needed) if causal else needed
 
 
-def _check(u: Tensor, k: Tensor, gates: Gates, causal: bool) -> None:
-    if u.ndim != 3 or k.ndim != 2 or u.shape[1] != k.shape[0]:
-        shapes = f"{tuple(u.shape)} and {tuple(k.shape)}"
+def _sizes(u: Tensor, k: Tensor, gates: Gates, causal: bool) -> tuple[int, int]:
+    """Positions and taps. Raises BadInput where the shapes do not fit."""
+    size, kernel = u.shape, k.shape
+    if len(size) != 3 or len(kernel) != 2 or size[1] != kernel[0]:
+        shapes = f"{tuple(size)} and {tuple(kernel)}"
         raise BadInput(f"fft_conv takes u (batch, features, length) and k (features, taps), not {shapes}")
-    if not causal and k.shape[1] > u.shape[2]:
-        raise BadInput(f"a circular convolution of {u.shape[2]} positions has at most as many taps, not {k.shape[1]}")
+    if not causal and kernel[1] > size[2]:
+        raise BadInput(f"a circular convolution of {size[2]} positions has at most as many taps, not {kernel[1]}")
     for gate in gates:
-        if gate is not None and gate.shape != u.shape:
-            raise BadInput(f"a gate has the shape of the input, {tuple(u.shape)}, not {tuple(gate.shape)}")
+        if gate is not None and gate.shape != size:
+            raise BadInput(f"a gate has the shape of the input, {tuple(size)}, not {tuple(gate.shape)}")
+    return size[2], kernel[1]
 
 
 def partial_conv(

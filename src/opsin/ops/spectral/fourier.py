@@ -14,6 +14,7 @@ section 3.1) does. On a CPU, where that would cost two of eight transforms, it k
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import repeat
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -66,22 +67,21 @@ def filtered(
 
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
-    if torch.compiler.is_compiling() or not u.is_cpu:
-        return _filtered(u, k, *gates, start, n)
-    signals = u.numel() // u.shape[-1] * (k.numel() // (k.shape[-2] * k.shape[-1]))
-    if 4 * n * signals <= BLOCK * (threads := torch.get_num_threads()):
-        return _filtered(u, k, *gates, start, n)
-    features = u.shape[-2] * BLOCK * threads // (4 * n * signals) or 1
-    blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, *gates)]
-    return torch.cat([_filtered(*block, start, n) for block in zip(*blocks, strict=False)], -2)
-
-
-def _filtered(u: Tensor, k: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, start: int, n: int) -> Tensor:
+    gate_in, gate_out = gates
+    compiling = torch.compiler.is_compiling()
+    if not compiling and u.is_cpu:
+        convolutions = u.numel() // u.shape[-1] * (1 if k.ndim == 2 else prod(k.shape[:-2]))
+        share = BLOCK * torch.get_num_threads() / (4 * n * convolutions)
+        if share < 1 < u.shape[-2]:
+            features = int(share * u.shape[-2]) or 1
+            blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
+            return torch.cat([filtered(v, c, start, n, g) for v, c, *g in zip(*blocks, strict=False)], -2)
     y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
     # in place where nobody needs it, so that the transform back finds memory still in the caches
-    alone = k_f.ndim == 2 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    alone = k_f.ndim == 2 and not compiling and not torch.is_grad_enabled()
     y = torch.fft.irfft(y_f.mul_(k_f) if alone else y_f * k_f, n).narrow(-1, start, u.shape[-1])
-    return gated(y if y.dtype == u.dtype else y.to(u.dtype), gate_out)
+    y = y if y.dtype == u.dtype else y.to(u.dtype)
+    return y if gate_out is None else y * gate_out
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
