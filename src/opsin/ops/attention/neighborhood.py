@@ -182,6 +182,7 @@ def rule(
     return axes
 
 
+@lru_cache(maxsize=256)
 def small(axes: tuple[Axis, ...]) -> bool:
     """Whether copying the keys of every tile is more work than all pairs, and all pairs are few."""
     tokens = prod(axis.length for axis in axes)
