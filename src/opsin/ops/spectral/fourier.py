@@ -71,9 +71,8 @@ def filtered(
     compiling = torch.compiler.is_compiling()
     if not compiling and u.is_cpu:
         convolutions = u.numel() // u.shape[-1] * (1 if k.ndim == 2 else prod(k.shape[:-2]))
-        share = BLOCK * torch.get_num_threads() / (4 * n * convolutions)
-        if share < 1 < u.shape[-2]:
-            features = int(share * u.shape[-2]) or 1
+        most = BLOCK * torch.get_num_threads() // (4 * n)
+        if convolutions > most and (features := most * u.shape[-2] // convolutions or 1) < u.shape[-2]:
             blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
             return torch.cat([filtered(v, c, start, n, g) for v, c, *g in zip(*blocks, strict=False)], -2)
     y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
