@@ -87,6 +87,18 @@ def test_fillings_do_not_move_the_points():
     assert kept(inverse_transform, scores[:, :1], 6, exists[:, :1]) == [[0]], "one token alone stays"
 
 
+def test_a_point_halfway_between_two_tokens_takes_the_lower_one():
+    scores = torch.tensor([[0.5, 1.0, 2.0, 3.5, 4.0, 5.5]])  # sums of 1, 3, 6.5, 10.5, 16; points at 1, 8.5, 16
+    assert kept(inverse_transform, scores, 4) == [[1, 3, 5]]
+
+
+def test_many_fillings_cost_no_precision():
+    alone = normalised(torch.rand(64, 40).pow(4))
+    exists = torch.tensor([[False] * 4000 + [True] * 40]).expand(64, -1)
+    rows = kept(inverse_transform, torch.cat((torch.zeros(64, 4000), alone), 1), 30, exists)
+    assert [[i - 4000 for i in row] for row in rows] == kept(inverse_transform, alone, 30)
+
+
 def test_baselines_keep_equal_numbers():
     scores = normalised(torch.rand(3, 20))
     exists = torch.ones(3, 20, dtype=torch.bool)

@@ -97,6 +97,7 @@ def test_gradients_of_several_kernels():
     u = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, 3, 13, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: long_conv(a[:, None], b, 6), (u, k))
+    assert torch.autograd.gradcheck(lambda a, b: filtered(a, b, 6, 20), (u, k[0].detach().requires_grad_()))
 
 
 def saved(run: Callable[[], Tensor]) -> list[Tensor]:

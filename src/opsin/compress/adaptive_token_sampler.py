@@ -53,9 +53,8 @@ def inverse_transform(
     cdf = (total - least) / (total[:, -1:] - least).clamp_min(torch.finfo(total.dtype).tiny)
     start = cdf.masked_fill(cdf <= 0, torch.inf).amin(1, keepdim=True).clamp_max(1.0)
     points = start.addcmul(1 - start, torch.linspace(0, 1, tokens - 1, device=scores.device, dtype=scores.dtype))
-    cdf = cdf.masked_fill(absent, -torch.inf)
-    midway = (cdf[:, 1:] + cdf[:, :-1]) / 2  # the nearest token is as far on as a point has left of these behind
-    nearest = (midway[:, None] < points[:, :, None]).sum(2)
+    midway = (cdf[:, 1:] + cdf[:, :-1]) / 2
+    nearest = (midway[:, None] < points[:, :, None]).sum(2)  # behind all midpoints that a point has passed
     return torch.zeros_like(exists).scatter_(1, order.gather(1, nearest), True)
 
 
