@@ -76,9 +76,10 @@ def filtered(
             blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
             return torch.cat([filtered(v, c, start, n, g) for v, c, *g in zip(*blocks, strict=False)], -2)
     y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
-    # in place where nobody needs it, so that the transform back finds memory still in the caches
-    alone = k_f.ndim == 2 and not compiling and not torch.is_grad_enabled()
-    y = torch.fft.irfft(y_f.mul_(k_f) if alone else y_f * k_f, n).narrow(-1, start, u.shape[-1])
+    # in place, so that the transform back finds memory still in the caches
+    y = torch.fft.irfft(y_f.mul_(k_f) if k_f.ndim == 2 and not compiling else y_f * k_f, n).narrow(
+        -1, start, u.shape[-1]
+    )
     y = y if y.dtype == u.dtype else y.to(u.dtype)
     return y if gate_out is None else y * gate_out
 
