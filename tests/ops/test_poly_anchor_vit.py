@@ -6,11 +6,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.ops.attention.poly_anchor_vit import PolyAnchorAttention, anchor, phases
+from opsin.ops.attention.poly_anchor_vit import PolyAnchorAttention, anchor, counted, strongest
 from opsin.ops.attention.subsampled_attention import SubsampledAttention
 from opsin.ops.attention.window_attention import WindowAttention
 
 SHIFTS = [(0, 1), (3, 5), (-2, 7), (11, 4)]
+
+
+def phases(x: torch.Tensor, stride: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of the strongest component."""
+    counts = counted(x.shape[2:], stride)
+    number = strongest(x, counts)
+    return number // counts[1], number % counts[1]
 
 
 def double(*shape: int) -> Tensor:

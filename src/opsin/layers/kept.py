@@ -1,12 +1,14 @@
-"""When what was computed from parameters may no longer be used.
+"""What is computed once: tables that depend on sizes only, and, until they change, what depends on parameters.
 
 A tensor counts how often it was written in place, but an optimizer that does its step in one kernel (`fused=True`)
 writes without counting. So every step of any optimizer counts too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -19,6 +21,21 @@ def _count(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count)
+
+
+def constant(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the tensors that a function of numbers and a device last made; a captured graph makes its own."""
+
+    @lru_cache(maxsize=32)
+    def kept(*arguments: Any) -> Any:
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    @wraps(make)
+    def given(*arguments: Any) -> Any:
+        return make(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+    return given
 
 
 class Source:

@@ -14,28 +14,35 @@ The paper leaves features in the anchored frame, and so do the networks in `opsi
 The operator here is for blocks with a shortcut, and moves its result back: op(roll(x, t)) = roll(op(x), t) for all t.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from opsin.layers.kept import constant
 from opsin.layers.tokens import taken
 from opsin.layers.windows import pad_to_windows
 from opsin.ops.attention.window_attention import WindowAttention
 
 
+def counted(size: Sequence[int], stride: tuple[int, int]) -> tuple[int, int]:
+    """How many phases there are along both sides: one along a side that the stride does not divide."""
+    rows, columns = (s if side % s == 0 else 1 for side, s in zip(size, stride, strict=True))
+    return rows, columns
+
+
 @torch.no_grad()
-def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Row and column of the strongest polyphase component of every map; 0 along a side that the stride does not divide.
+def strongest(x: Float[Tensor, "n c h w"], phases: tuple[int, int]) -> Int[Tensor, " n"]:
+    """The number of the strongest polyphase component of every map, row by row.
 
     Tokens' norms are taken in float32 at least and added in float64 (float32 on MPS, which has none): a shift changes
     the order of the sum, which must not change the answer. Components that tie (a constant image) have none: then it is
     the first.
     """
     exact = torch.float32 if x.device.type == "mps" else torch.float64
-    single, (height, width) = torch.promote_types(x.dtype, torch.float32), x.shape[2:]
-    rows, columns = (s if side % s == 0 else 1 for side, s in zip((height, width), stride, strict=True))
+    single, (height, width), (rows, columns) = torch.promote_types(x.dtype, torch.float32), x.shape[2:], phases
     if x.stride(1) == 1:  # channels last: without a copy of the map
         energy = torch.linalg.vector_norm(x, dim=1, dtype=single).square()
     elif x.shape[1] <= 4:  # an image: plane by plane
@@ -43,25 +50,48 @@ def phases(x: Float[Tensor, "n c h w"], stride: tuple[int, int]) -> tuple[Int[Te
     else:
         energy = x.to(single).square().sum(1)
     energy = energy.view(-1, height // rows, rows, width).sum(1, dtype=exact)
-    best = energy.view(-1, rows, width // columns, columns).sum(2).flatten(1).argmax(1)
-    return best // columns, best % columns
+    return energy.view(-1, rows, width // columns, columns).sum(2).flatten(1).argmax(1)
 
 
-def rolled(size: tuple[int, int], by: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]) -> tuple[Tensor, Tensor]:
-    """Rows (n, h) and columns (n, w) that come to every place when planes of `size` are moved up and left by `by`."""
-    rows, columns = ((torch.arange(s, device=b.device) + b[:, None]) % s for s, b in zip(size, by, strict=True))
-    return rows, columns
+@constant
+def turned(size: tuple[int, int], phases: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where what comes to every row (phases, h) and column (phases, w) is when a plane is moved up and left by a phase.
+
+    Places count along the flattened plane, so that the two are added.
+    """
+    down, right = shifts(phases, device)
+    rows, columns = (torch.arange(side, device=device) for side in size)
+    return (rows + down) % size[0] * size[1], (columns + right) % size[1]
+
+
+@constant
+def in_windows(
+    size: tuple[int, int], phases: tuple[int, int], window: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The way back: where every row and column is after that, with the tokens of one window behind one another."""
+    (a, b), (down, right) = window, shifts(phases, device)
+    rows, columns = (torch.arange(side, device=device) for side in size)
+    rows, columns = (rows - down) % size[0], (columns - right) % size[1]
+    return rows // a * (a * size[1]) + rows % a * b, columns // b * (a * b) + columns % b
+
+
+def shifts(phases: tuple[int, int], device: torch.device) -> tuple[Int[Tensor, "phases 1"], Int[Tensor, "phases 1"]]:
+    """Row and column of every phase."""
+    number = torch.arange(phases[0] * phases[1], device=device)[:, None]
+    return number // phases[1], number % phases[1]
 
 
 def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
     """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is."""
-    stride = (stride, stride) if isinstance(stride, int) else stride
-    rows, columns = rolled((x.shape[2], x.shape[3]), phases(x, stride))
-    down, right = (rows * x.shape[3])[:, :, None], columns[:, None]
+    size = (x.shape[2], x.shape[3])
+    phases = counted(size, (stride, stride) if isinstance(stride, int) else stride)
+    best = strongest(x, phases)
+    rows, columns = (places.index_select(0, best) for places in turned(size, phases, x.device))
+    down, right = rows[:, :, None], columns[:, None]
     if x.stride(1) == 1:  # channels last: whole tokens move
         return taken(x.permute(0, 2, 3, 1).flatten(1, 2), down, right).permute(0, 3, 1, 2)
     index = (down + right).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-    return x.flatten(2).gather(2, index).unflatten(2, x.shape[2:])
+    return x.flatten(2).gather(2, index).unflatten(2, size)
 
 
 class PolyAnchorAttention(WindowAttention):
@@ -74,19 +104,15 @@ class PolyAnchorAttention(WindowAttention):
     """
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        (height, width), (a, b), by = x.shape[2:], self.window, phases(x, self.window)
-        padded = pad_to_windows(x.permute(0, 2, 3, 1), self.window)
-        size = padded.shape[1], padded.shape[2]
-        rows, columns = rolled(size, by)
-        down, right = (rows * size[1]).unflatten(1, (-1, a)), columns.unflatten(1, (-1, b))
+        (height, width), (a, b), phases = x.shape[2:], self.window, counted(x.shape[2:], self.window)
+        best, padded = strongest(x, phases), pad_to_windows(x.permute(0, 2, 3, 1), self.window)
+        size = (padded.shape[1], padded.shape[2])
+        rows, columns = (places.index_select(0, best) for places in turned(size, phases, x.device))
+        down, right = rows.unflatten(1, (-1, a)), columns.unflatten(1, (-1, b))
         windows = taken(padded.flatten(1, 2), down[:, :, None, :, None], right[:, None, :, None])
         mixed = self.attend(windows.flatten(3, 4).flatten(1, 2)).flatten(1, 2)
-        rows, columns = (where[:, :side] for where, side in zip(rolled(size, (-by[0], -by[1])), (height, width)))
-        # windows before this one, in rows of windows and in the row; and tokens of this one before this token
-        down = rows // a * (a * size[1]) + rows % a * b
-        right = columns // b * (a * b) + columns % b
-        kept = taken(mixed, down[:, :, None], right[:, None])
-        return self.proj(kept).permute(0, 3, 1, 2)
+        rows, columns = (places.index_select(0, best) for places in in_windows(size, phases, self.window, x.device))
+        return self.proj(taken(mixed, rows[:, :height, None], columns[:, None, :width])).permute(0, 3, 1, 2)
 
     def reference(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Sample by sample: all components and their norms, roll, attention in fixed windows, roll back."""
