@@ -77,9 +77,8 @@ def filtered(
             return torch.cat([filtered(v, c, start, n, g) for v, c, *g in zip(*blocks, strict=False)], -2)
     y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
     # in place, so that the transform back finds memory still in the caches
-    y = torch.fft.irfft(y_f.mul_(k_f) if k_f.ndim == 2 and not compiling else y_f * k_f, n).narrow(
-        -1, start, u.shape[-1]
-    )
+    y_f = y_f.mul_(k_f) if k_f.ndim == 2 and not compiling else y_f * k_f
+    y = torch.fft.irfft(y_f, n).narrow(-1, start, u.shape[-1])
     y = y if y.dtype == u.dtype else y.to(u.dtype)
     return y if gate_out is None else y * gate_out
 
