@@ -2,14 +2,15 @@
 
     python benchmarks/added_cost.py [--rounds 61] [--threads 1]
 
-Forward passes without gradients, in turns; `added` is the ratio of medians less 1. Token sampling keeps every token
-here, so that nothing but the sampling itself is added: what it saves is not counted. Anchoring an image before its
-patch embedding is measured too, where the layer is one cheap convolution, and so are whole networks. Everything is
-timed twice: with an allocator that returns freed memory to the system, where every larger tensor may come as fresh
-pages, and with one that keeps it.
+Forward passes without gradients, in turns; `added` is the ratio of medians less 1. Token sampling is measured once with
+every token staying, so that what it saves is not counted, and once as it is, on random weights and tokens. Anchoring an
+image before its patch embedding, one cheap convolution, is measured for images in planes and for channels-last ones,
+and so are whole networks. Everything is timed twice: with an allocator that returns freed memory to the system, where
+every larger tensor may come as fresh pages, and with one that keeps it.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -50,8 +51,10 @@ def pairs() -> Iterator[Pair]:
         yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, ratio)
     for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 16, 768), (8, 4, 64)):
         x, embed = torch.randn(n, 3, 224, 224), nn.Conv2d(3, dim, patch, patch)
-        name = f"patch embedding, {n} x 3 x 224 x 224, {dim} channels, patches of {patch}"
+        name = f"{n} x 3 x 224 x 224, {dim} channels, patches of {patch}"
         yield "anchoring, patch embedding", name, x, embed, after_anchor(embed, patch)
+        x, embed = (thing.to(memory_format=torch.channels_last) for thing in (x, copy.deepcopy(embed)))
+        yield "the same, channels-last images", name, x, embed, after_anchor(embed, patch)
     yield from sampled_blocks()
     for plain_name, name in (
         ("vit_small_patch16_224", "polyvit_small_patch16"),
@@ -67,17 +70,19 @@ def after_anchor(layer: nn.Module, stride: int) -> Callable[[Tensor], Tensor]:
 
 
 def sampled_blocks() -> Iterator[Pair]:
-    """A block of DeiT-S with the sampler choosing, and then every token staying."""
+    """A block of DeiT-S with the sampler choosing, every token staying nevertheless; and with the chosen ones alone."""
     vit = opsin.create("vit_small_patch16_224").eval()
-    ats.CHOICES["everything"] = lambda scores, exists, tokens: ats.inverse_transform(scores, exists, tokens) | True
-    sampler, block = ats.SampledViT(vit, 3, choice="everything"), vit.blocks[5]  # type: ignore[arg-type]
-    for n in (1, 8):
-        tokens, exists = torch.randn(n, 197, 384), torch.ones(n, 197, dtype=torch.bool)
+    ats.CHOICES["everything"] = lambda *given: (ats.inverse_transform(*given), given[1])[1]  # its choice does not count
+    block = vit.blocks[5]
+    for kind, choice in (("token sampling, all stay", "everything"), ("token sampling", "inverse_transform")):
+        sampler = ats.SampledViT(vit, 3, choice=choice)
+        for n in (1, 8):
+            tokens, exists = torch.randn(n, 197, 384), torch.ones(n, 197, dtype=torch.bool)
 
-        def sampled(z: Tensor, exists: Tensor = exists) -> Tensor:
-            return sampler.sampled(block, z, exists, 197)[0]
+            def sampled(z: Tensor, exists: Tensor = exists, sampler: ats.SampledViT = sampler) -> Tensor:
+                return sampler.sampled(block, z, exists, 197)[0]  # type: ignore[arg-type]
 
-        yield "token sampling", f"block of DeiT-S, {n} x 197 x 384", tokens, block, sampled
+            yield kind, f"block of DeiT-S, {n} x 197 x 384", tokens, block, sampled
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def entropies(vit: VisionTransformer, images: Tensor) -> tuple[list[float], list
     exists = torch.ones(z.shape[:2], dtype=torch.bool)
     scores = significance(q[:, :, 0], k, v, attn.scale, exists, "attention_value")
     kept = inverse_transform(scores, exists[:, 1:], z.shape[1]).sum(1)
-    return torch.special.entr(scores).sum(1).tolist(), kept.float().tolist()
+    return torch.special.entr(scores / scores.sum(1, keepdim=True)).sum(1).tolist(), kept.float().tolist()
 
 
 def adapted(vit: VisionTransformer, held_out: Data, plain: int) -> SampledViT:

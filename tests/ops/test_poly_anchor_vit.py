@@ -1,11 +1,15 @@
 """Anchoring: the definition, exact equivariance, the official operator's choice, and the attentions around it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
+from opsin.ops import native
+from opsin.ops.attention import poly_anchor_vit
 from opsin.ops.attention.poly_anchor_vit import PolyAnchorAttention, anchor, counted, strongest
 from opsin.ops.attention.subsampled_attention import SubsampledAttention
 from opsin.ops.attention.window_attention import WindowAttention
@@ -64,6 +68,74 @@ def test_anchored_maps_of_shifted_images_differ_by_whole_strides(memory):
         assert all(any(torch.equal(moved[n], option[n]) for option in options) for n in range(2))
 
 
+needs_compiler = pytest.mark.skipif(
+    native.library(Path(poly_anchor_vit.SOURCE)) is None, reason="no C++ compiler, or OPSIN_NATIVE=0"
+)
+MEMORY = [torch.contiguous_format, torch.channels_last]
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((3, 3, 24, 40), 8), ((2, 5, 21, 14), 7), ((2, 1, 16, 16), 4), ((2, 64, 28, 28), 4), ((2, 3, 20, 21), (4, 5)),
+     ((3, 3, 128, 128), 4)],
+)  # fmt: skip
+def test_the_loops_do_what_the_operators_do(shape, stride, memory, monkeypatch):
+    x = torch.randn(shape).contiguous(memory_format=memory)
+    counts = counted(shape[2:], (stride, stride) if isinstance(stride, int) else stride)
+    looped = strongest(x, counts), anchor(x, stride)
+    monkeypatch.setattr(native, "takes", lambda x: False)
+    assert torch.equal(looped[0], strongest(x, counts)) and torch.equal(looped[1], anchor(x, stride))
+
+
+@needs_compiler
+def test_loops_want_memory_without_gaps():
+    x = torch.randn(2, 3, 16, 32)
+    assert torch.equal(anchor(x[..., ::2], 4), anchor(x[..., ::2].contiguous(), 4))
+    assert torch.equal(anchor(x.transpose(2, 3), 4), anchor(x.transpose(2, 3).contiguous(), 4))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_what_ties_stays(kind):
+    assert strongest(torch.ones(2, 3, 16, 16, dtype=kind), (4, 4)).tolist() == [0, 0]
+
+
+@needs_compiler
+def test_the_loops_run_on_threads():
+    x, threads = torch.randn(7, 3, 256, 256), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = anchor(x, 16)
+        torch.set_num_threads(3)
+        assert torch.equal(anchor(x, 16), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_compiler
+def test_many_patches_of_images_come_as_tokens_and_nothing_else_does():
+    last = [
+        anchor(torch.randn(shape), 4).is_contiguous(memory_format=torch.channels_last)
+        for shape in ((5, 3, 64, 64), (3, 3, 64, 64), (5, 4, 64, 64))
+    ]
+    assert last == [True, False, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory", MEMORY)
+def test_the_loops_add_up_exactly_enough(memory):
+    """A shift changes the order of the sum but not the choice, even between components that are close."""
+    x = torch.rand(64, 3, 64, 16).add(100)
+    near = (x[:, :, ::2, ::2].square().sum((1, 2, 3)) / x[:, :, 1::2, 1::2].square().sum((1, 2, 3))).sqrt()
+    x[:, :, 1::2, 1::2] *= near[:, None, None, None]
+    base = anchor(x.contiguous(memory_format=memory), 2)
+    for shift in SHIFTS:
+        moved = anchor(x.roll(shift, (2, 3)).contiguous(memory_format=memory), 2)
+        options = torch.stack([base.roll((2 * i, 2 * j), (2, 3)) for i in range(32) for j in range(8)])
+        assert (options == moved).flatten(2).all(2).any(0).all()
+
+
 def test_sides_that_do_not_divide_stay():
     x = double(2, 3, 9, 8)
     assert torch.equal(phases(x, (4, 4))[0], torch.zeros(2, dtype=torch.long))
@@ -72,14 +144,15 @@ def test_sides_that_do_not_divide_stay():
         assert torch.equal(anchor(x, 4)[n], x[n].roll(-int(columns[n]), 2))
 
 
-def test_gradients_move_back_and_none_goes_through_the_choice():
-    for memory in (torch.contiguous_format, torch.channels_last):
-        x = double(2, 3, 8, 8).contiguous(memory_format=memory).requires_grad_()
-        down, right = phases(x, (4, 4))
-        weight = double(2, 3, 8, 8)
-        (anchor(x, 4) * weight).sum().backward()
-        for n in range(2):
-            assert torch.equal(x.grad[n], weight[n].roll((int(down[n]), int(right[n])), (1, 2)))
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_gradients_move_back_and_none_goes_through_the_choice(memory, kind):
+    x = torch.randn(2, 3, 8, 8, dtype=kind).contiguous(memory_format=memory).requires_grad_()
+    down, right = phases(x, (4, 4))
+    weight = torch.randn(2, 3, 8, 8, dtype=kind)
+    (anchor(x, 4) * weight).sum().backward()
+    for n in range(2):
+        assert torch.equal(x.grad[n], weight[n].roll((int(down[n]), int(right[n])), (1, 2)))
 
 
 @torch.no_grad()

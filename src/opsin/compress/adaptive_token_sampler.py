@@ -19,6 +19,7 @@ too, which then moves the first point for all images but the longest.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,31 +32,42 @@ from opsin.compress import Budget, Compressed, Report
 from opsin.compress.measured import accuracy, measured
 from opsin.data import Data
 from opsin.errors import BadInput
-from opsin.layers.tokens import taken
+from opsin.layers.tokens import addresses, at
+from opsin.ops import native
 
 Score = Literal["attention_value", "attention"]
+SOURCE = str(Path(__file__).with_suffix(".cpp"))
 FEWEST = 8  # tokens, as in the official code
 IMAGES = 64  # of the validation split, that the cost is averaged over
 VARIANTS = {"ats_deit_s": dict(first=3, tokens=197)}
 
-# Chosen patches of every image, of the scores (0 where there is no token), which tokens exist, and the number K.
+# Chosen patches of every image, by the scores (0 where there is no token), which tokens exist, and the number K.
 Choice = Callable[[Float[Tensor, "n p"], Bool[Tensor, "n p"], int], Bool[Tensor, "n p"]]
 
 
 def inverse_transform(
     scores: Float[Tensor, "n p"], exists: Bool[Tensor, "n p"], tokens: int
 ) -> Bool[Tensor, "n p"]:  # fmt: skip
-    """The paper's choice: tokens whose cumulative score is nearest to one of K - 1 points. The least one never is."""
-    ordered, order = scores.masked_fill(~exists, -1.0).sort(1)
-    absent = ordered < 0  # these come first, and add nothing
-    total = ordered.clamp_min(0).cumsum(1)
-    least = total.masked_fill(absent, torch.inf).amin(1, keepdim=True)
-    cdf = (total - least) / (total[:, -1:] - least).clamp_min(torch.finfo(total.dtype).tiny)
-    start = cdf.masked_fill(cdf <= 0, torch.inf).amin(1, keepdim=True).clamp_max(1.0)
-    points = start.addcmul(1 - start, torch.linspace(0, 1, tokens - 1, device=scores.device, dtype=scores.dtype))
-    midway = (cdf[:, 1:] + cdf[:, :-1]) / 2
-    nearest = (midway[:, None] < points[:, :, None]).sum(2)  # behind all midpoints that a point has passed
-    return torch.zeros_like(exists).scatter_(1, order.gather(1, nearest), True)
+    """The paper's choice: tokens whose cumulative score is nearest to one of K - 1 points, two at least. The least one never is.
+
+    A token is nearest to what lies between the midpoints around it, and points are equidistant: the number of points up
+    to a midpoint is a division. (The sum is not scaled to [0, 1], which would move tokens and points alike.)
+    """
+    if native.takes(scores) and (run := native.loop(SOURCE, "inverse_transform", "ppp" + 5 * "l")):
+        chosen = torch.empty(scores.shape, dtype=torch.bool)
+        places = scores.data_ptr(), exists.data_ptr(), chosen.data_ptr()
+        run(*places, *scores.shape, scores.stride(0), exists.stride(0), tokens)
+        return chosen
+    ordered, order = scores.sort(1)  # what does not exist comes first and adds nothing
+    total = ordered.cumsum(1)
+    least, most = scores.masked_fill(~exists, torch.inf).amin(1, keepdim=True), total[:, -1:]
+    start = total.masked_fill(total <= least, torch.inf).amin(1, keepdim=True).minimum(most)
+    midway = (total[:, 1:] + total[:, :-1]) / 2
+    share = (midway - start) / (most - start).clamp_min(torch.finfo(total.dtype).tiny)
+    passed = (share * (tokens - 2)).floor()  # the last point's number, below 0 where there is none yet
+    between = passed[:, 1:] > passed[:, :-1].clamp_min(-1)
+    chosen = torch.cat((passed[:, :1] >= 0, between, most >= start), 1)  # the last point is the last token
+    return torch.empty_like(exists).scatter_(1, order, chosen)
 
 
 def top_k(scores: Float[Tensor, "n p"], exists: Bool[Tensor, "n p"], tokens: int) -> Bool[Tensor, "n p"]:
@@ -76,17 +88,23 @@ def significance(
     query: Float[Tensor, "n h d"], keys: Float[Tensor, "n h t d"], values: Float[Tensor, "n h t d"], scale: float,
     exists: Bool[Tensor, "n t"] | None, score: Score,
 ) -> Float[Tensor, "n p"]:  # fmt: skip
-    """S of the patches, which sums to 1: the class token's attention, times the length of what it would read.
+    """The class token's attention to the patches, times the length of what it would read: S up to its sum.
 
     exists: None where all tokens do.
     """
-    logits = (scale * query.unsqueeze(2) @ keys.transpose(2, 3)).float().squeeze(2)
+    alike = keys.stride() == values.stride() == (*query.stride()[:2], keys.stride(2), 1)
+    if alike and native.takes(query) and (run := native.loop(SOURCE, "significance", "ppppp" + 9 * "l" + "f")):
+        scores = torch.empty(keys.shape[0], keys.shape[2] - 1)
+        present, stride = (None, 0) if exists is None else (exists.data_ptr(), exists.stride(0))
+        places = query.data_ptr(), keys.data_ptr(), values.data_ptr(), present, scores.data_ptr()
+        run(*places, *keys.shape, *keys.stride()[:3], stride, score == "attention_value", scale)
+        return scores
+    logits = torch.linalg.vecdot(keys.float(), scale * query.unsqueeze(2).float())
     logits = logits if exists is None else logits.masked_fill(~exists[:, None], -torch.inf)
     attention = logits.softmax(-1).sum(1)
     if score == "attention_value":
         attention = attention * torch.linalg.vector_norm(values.float(), dim=(1, 3))
-    patches = attention[:, 1:]
-    return patches / patches.sum(1, keepdim=True).clamp_min(torch.finfo(patches.dtype).tiny)
+    return attention[:, 1:]
 
 
 class SampledViT(nn.Module):
@@ -145,19 +163,18 @@ class SampledViT(nn.Module):
     ) -> tuple[Float[Tensor, "n s c"], Bool[Tensor, "n s"]]:
         """A block whose attention has the kept tokens' queries only, on all keys."""
         q, k, v = block.attn.heads(block.norm1(z))
-        missing = torch.compiler.is_compiling() or not exists.all()
+        missing = torch.compiler.is_compiling() or (len(z) > 1 and not exists.all())
         with torch.no_grad():
             scores = significance(q[:, :, 0], k, v, block.attn.scale, exists if missing else None, self.score)
-            keep = F.pad(CHOICES[self.choice](scores, exists[:, 1:], tokens), (1, 0), value=True)
-            count = keep.shape[1]
-            early = keep * count - torch.arange(count, device=keep.device)  # above 0 where a token is kept
+            keep = torch.cat((exists[:, :1], CHOICES[self.choice](scores, exists[:, 1:], tokens)), 1)
+            early = keep * torch.arange(keep.shape[1], 0, -1, device=keep.device)  # above 0 where a token is kept
             first, kept = early.topk(self._width(keep, tokens))  # in their order, then the rest
             still = first > 0
         mask = exists[:, None, None] if missing else None
-        q = taken(q.transpose(1, 2).flatten(2), kept).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+        where = addresses(kept, z.shape[1])
+        q = at(q.transpose(1, 2), where).transpose(1, 2)
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=block.attn.scale)
-        z = taken(z, kept)
-        z = z + block.drop_path(block.ls1(block.attn.proj(read.transpose(1, 2).flatten(2))))
+        z = at(z, where).add_(block.drop_path(block.ls1(block.attn.proj(read.transpose(1, 2).flatten(2)))))
         return z + block.drop_path(block.ls2(block.mlp(block.norm2(z)))), still
 
     def _width(self, keep: Bool[Tensor, "n t"], tokens: int) -> int:
@@ -184,12 +201,12 @@ def first_tokens(vit: VisionTransformer, x: Float[Tensor, "n k h w"]) -> Float[T
 def saved_macs(vit: VisionTransformer, before: int, counts: Float[Tensor, "n blocks"]) -> Float[Tensor, " n"]:
     """Multiply-accumulates that sampling saves an image that enters with `before` tokens and keeps these.
 
-    A block of N tokens, of which M stay, in C channels with h in the MLP: 3 N C^2 for queries, keys and values, N C to
-    score, 2 M N C to attend, M C^2 for the projection, and 2 M C h.
+    A block of N tokens, of which M stay, in C channels with h in the MLP: 3 N C^2 for queries, keys and values,
+    2 M N C to attend, M C^2 for the projection, and 2 M C h. Scoring (N C, element by element) does not count.
     """
     dim, hidden = vit.num_features, blocks_of(vit)[0].mlp.fc1.out_features
     entering = torch.cat((torch.full_like(counts[:, :1], before), counts[:, :-1]), 1)
-    spent = entering * (3 * dim**2 + dim) + counts * (2 * entering * dim + dim**2 + 2 * dim * hidden)
+    spent = entering * 3 * dim**2 + counts * (2 * entering * dim + dim**2 + 2 * dim * hidden)
     plain = before * (4 * dim**2 + 2 * before * dim + 2 * dim * hidden)
     return counts.shape[1] * plain - spent.sum(1)
 

@@ -18,6 +18,6 @@ class PatchEmbed(nn.Module):
         self.norm = norm(dim)
 
     def forward(self, x: Float[Tensor, "n k h w"]) -> Float[Tensor, "n h2 w2 c"]:
-        p = self.patch_size
-        x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
+        below, right = (-side % self.patch_size for side in x.shape[2:])
+        x = F.pad(x, (0, right, 0, below)) if below or right else x  # padding by nothing would copy
         return self.norm(self.proj(x).permute(0, 2, 3, 1))

@@ -14,8 +14,9 @@ The paper leaves features in the anchored frame, and so do the networks in `opsi
 The operator here is for blocks with a shortcut, and moves its result back: op(roll(x, t)) = roll(op(x), t) for all t.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -24,13 +25,17 @@ from torch import Tensor
 from opsin.layers.kept import constant
 from opsin.layers.tokens import taken
 from opsin.layers.windows import pad_to_windows
+from opsin.ops import native
 from opsin.ops.attention.window_attention import WindowAttention
+
+SOURCE = str(Path(__file__).with_name("poly_anchor.cpp"))
+LOOPS = {"strongest_phases": "pp" + 8 * "l", "anchored": "pp" + 9 * "l"}
+MANY = 1000  # patches in a batch, from which on a convolution of images is faster on channels-last memory
 
 
 def counted(size: Sequence[int], stride: tuple[int, int]) -> tuple[int, int]:
     """How many phases there are along both sides: one along a side that the stride does not divide."""
-    rows, columns = (s if side % s == 0 else 1 for side, s in zip(size, stride, strict=True))
-    return rows, columns
+    return 1 if size[0] % stride[0] else stride[0], 1 if size[1] % stride[1] else stride[1]
 
 
 @torch.no_grad()
@@ -41,6 +46,11 @@ def strongest(x: Float[Tensor, "n c h w"], phases: tuple[int, int]) -> Int[Tenso
     the order of the sum, which must not change the answer. Components that tie (a constant image) have none: then it is
     the first.
     """
+    tokens = as_tokens(x)
+    if (run := loop("strongest_phases", x, tokens)) is not None:
+        best = torch.empty(len(x), dtype=torch.int64)
+        run(x.data_ptr(), best.data_ptr(), *x.shape, *phases, tokens, torch.get_num_threads())
+        return best
     exact = torch.float32 if x.device.type == "mps" else torch.float64
     single, (height, width), (rows, columns) = torch.promote_types(x.dtype, torch.float32), x.shape[2:], phases
     if x.stride(1) == 1:  # channels last: without a copy of the map
@@ -51,6 +61,16 @@ def strongest(x: Float[Tensor, "n c h w"], phases: tuple[int, int]) -> Int[Tenso
         energy = x.to(single).square().sum(1)
     energy = energy.view(-1, height // rows, rows, width).sum(1, dtype=exact)
     return energy.view(-1, rows, width // columns, columns).sum(2).flatten(1).argmax(1)
+
+
+def loop(name: str, x: Float[Tensor, "n c h w"], tokens: bool) -> Callable[..., None] | None:
+    """A function of poly_anchor.cpp, where it can run on these maps."""
+    return native.loop(SOURCE, name, LOOPS[name]) if native.takes(x) and (tokens or x.is_contiguous()) else None
+
+
+def as_tokens(x: Float[Tensor, "n c h w"]) -> bool:
+    """Whether the memory is that of (n, h, w, c), without gaps."""
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 @constant
@@ -82,9 +102,18 @@ def shifts(phases: tuple[int, int], device: torch.device) -> tuple[Int[Tensor, "
 
 
 def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
-    """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is."""
+    """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is.
+
+    Images of many patches may come as channels-last, which costs nothing here: a convolution reads them faster so, but
+    turns its weights round first, which few patches do not repay.
+    """
     size = (x.shape[2], x.shape[3])
-    phases = counted(size, (stride, stride) if isinstance(stride, int) else stride)
+    phases, tokens = counted(size, (stride, stride) if isinstance(stride, int) else stride), as_tokens(x)
+    if (run := loop("anchored", x, tokens)) is not None:
+        turn = x.shape[1] == 3 and x.numel() >= 3 * MANY * phases[0] * phases[1]
+        moved = torch.empty_like(x, memory_format=torch.channels_last) if turn else torch.empty_like(x)
+        run(x.data_ptr(), moved.data_ptr(), *x.shape, *phases, tokens, turn or tokens, torch.get_num_threads())
+        return moved
     best = strongest(x, phases)
     rows, columns = (places.index_select(0, best) for places in turned(size, phases, x.device))
     down, right = rows[:, :, None], columns[:, None]

@@ -1,0 +1,73 @@
+// Scores and inverse transform sampling of n images, as the functions of these names in adaptive_token_sampler.py do them
+// with PyTorch's operators.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+float dot(const float* a, const float* b, long n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of n images with t tokens in h heads of d channels, where the strides of q, k and v are the same. Null: all exist.
+void significance(const float* q, const float* k, const float* v, const bool* exists, float* scores, long n, long h,
+                  long t, long d, long image, long head, long token, long exists_stride, long with_values, float scale) {
+    std::vector<float> read(t), logits(t), length(t);
+    for (long i = 0; i < n; ++i, q += image, k += image, v += image, scores += t - 1) {
+        std::fill(read.begin(), read.end(), 0.0f);
+        std::fill(length.begin(), length.end(), 0.0f);
+        for (long m = 0; m < h; ++m) {
+            float sum = 0.0f;
+            for (long j = 0; j < t; ++j) {
+                const bool here = !exists || exists[i * exists_stride + j];
+                logits[j] = here ? scale * dot(q + m * head, k + m * head + j * token, d) : -INFINITY;
+            }
+            const float most = *std::max_element(logits.begin(), logits.end());
+            for (float& logit : logits) sum += logit = std::exp(logit - most);
+            for (long j = 0; j < t; ++j) read[j] += logits[j] / sum;
+            for (long j = 0; with_values && j < t; ++j) {
+                const float* value = v + m * head + j * token;
+                length[j] += dot(value, value, d);
+            }
+        }
+        for (long j = 1; j < t; ++j) scores[j - 1] = with_values ? read[j] * std::sqrt(length[j]) : read[j];
+    }
+}
+
+// With the same roundings as there, hence the same tokens.
+void inverse_transform(const float* scores, const bool* exists, bool* chosen, long n, long patches,
+                                  long scores_stride, long exists_stride, long tokens) {
+    std::vector<long> order(patches);
+    std::vector<float> total(patches);
+    for (long i = 0; i < n; ++i, scores += scores_stride, exists += exists_stride, chosen += patches) {
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [=](long a, long b) { return scores[a] < scores[b]; });
+        double sum = 0.0;
+        float least = INFINITY;
+        for (long j = 0; j < patches; ++j) {
+            total[j] = sum += scores[order[j]];
+            if (exists[j]) least = std::min(least, scores[j]);
+        }
+        const float most = total[patches - 1];
+        const float start = std::min(most, *std::find_if(total.begin(), total.end() - 1, [=](float t) { return t > least; }));
+        const float span = std::max(most - start, FLT_MIN);
+        float before = -1.0f;
+        for (long j = 0; j < patches; ++j) {
+            const float midway = j + 1 < patches ? (total[j + 1] + total[j]) / 2 : 0.0f;
+            const float passed = j + 1 < patches ? std::floor((midway - start) / span * (tokens - 2)) : INFINITY;
+            chosen[order[j]] = passed > before;
+            before = std::max(before, passed);
+        }
+    }
+}
+}
