@@ -1,6 +1,6 @@
 """What do anchoring and token sampling add to the layer that they wrap?
 
-    python benchmarks/added_cost.py [--rounds 61] [--threads 1]
+    python benchmarks/added_cost.py [--rounds 201] [--threads 1]
 
 Forward passes without gradients, in turns; `added` is the ratio of medians less 1. Token sampling is measured once with
 every token staying, so that what it saves is not counted, and once as it is, on random weights and tokens. Anchoring an
@@ -87,7 +87,7 @@ def sampled_blocks() -> Iterator[Pair]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=61)
+    parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

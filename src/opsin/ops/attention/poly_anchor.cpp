@@ -12,26 +12,26 @@ struct Size {
     long count() const { return c * h * w; }
 };
 
-// Squares of all channels at the places of row u. Their order is the same at every place, so that shifts change nothing.
+// Squares of all channels at the w places of a row. Their order is the same everywhere, so that shifts change nothing.
+template <long PIXEL>
+void three(const float* a, const float* b, const float* c, long w, float* e) {
+    for (long j = 0; j < w * PIXEL; j += PIXEL) *e++ = a[j] * a[j] + b[j] * b[j] + c[j] * c[j];
+}
+
 void energies(const float* x, Size s, bool tokens, long u, float* e) {
+    const long plane = s.h * s.w;
+    x += u * s.w * (tokens ? s.c : 1);
+    if (s.c == 3) return tokens ? three<3>(x, x + 1, x + 2, s.w, e) : three<1>(x, x + plane, x + 2 * plane, s.w, e);
     if (!tokens) {
         std::fill(e, e + s.w, 0.0f);
-        for (long k = 0; k < s.c; ++k) {
-            const float* row = x + (k * s.h + u) * s.w;
-            for (long j = 0; j < s.w; ++j) e[j] += row[j] * row[j];
-        }
+        for (long k = 0; k < s.c; ++k)
+            for (long j = 0; j < s.w; ++j) e[j] += x[k * plane + j] * x[k * plane + j];
         return;
     }
-    const float* token = x + u * s.w * s.c;
-    if (s.c == 3) {
-        for (long j = 0; j < s.w; ++j, token += 3)
-            e[j] = token[0] * token[0] + token[1] * token[1] + token[2] * token[2];
-        return;
-    }
-    for (long j = 0; j < s.w; ++j, token += s.c) {
+    for (long j = 0; j < s.w; ++j, x += s.c) {
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (long k = 0; k < s.c; ++k) sum += token[k] * token[k];
+        for (long k = 0; k < s.c; ++k) sum += x[k] * x[k];
         e[j] = sum;
     }
 }
@@ -47,12 +47,13 @@ long strongest(const float* x, Size s, bool tokens, long rows, long columns) {
     }
     long best = 0;
     double most = -1.0;
-    for (long i = 0; i < rows; ++i)
-        for (long j = 0; j < columns; ++j) {
-            double sum = 0.0;
-            for (long v = j; v < s.w; v += columns) sum += total[i * s.w + v];
-            if (sum > most) most = sum, best = i * columns + j;
-        }
+    for (long i = 0; i < rows; ++i) {
+        std::vector<double> sum(columns, 0.0);
+        for (const double* row = total.data() + i * s.w, *end = row + s.w; row < end; row += columns)
+            for (long j = 0; j < columns; ++j) sum[j] += row[j];
+        for (long j = 0; j < columns; ++j)
+            if (sum[j] > most) most = sum[j], best = i * columns + j;
+    }
     return best;
 }
 
