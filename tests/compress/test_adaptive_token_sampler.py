@@ -154,6 +154,13 @@ def test_scores_want_no_particular_memory():
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.allclose(significance(q[:, :, 0], turned, v, 0.5, exists, "attention_value"), expected, rtol=1e-5)
     assert torch.allclose(significance(q[:, :, 0].clone(), k, v, 0.5, exists, "attention_value"), expected, rtol=1e-5)
+    exists[0, 5:], exists[1, 2:4] = False, False
+    strided = exists.T.contiguous().T
+    masked = significance(q[:, :, 0], k, v, 0.5, exists, "attention_value")
+    assert torch.allclose(significance(q[:, :, 0], k, v, 0.5, strided, "attention_value"), masked, rtol=1e-5)
+    for scores, present in ((masked.T.contiguous().T, exists[:, 1:]), (masked, strided[:, 1:])):
+        chosen = inverse_transform(scores, present, 6)
+        assert torch.equal(chosen, inverse_transform(masked, exists[:, 1:], 6))
 
 
 @torch.no_grad()

@@ -48,12 +48,13 @@ Choice = Callable[[Float[Tensor, "n p"], Bool[Tensor, "n p"], int], Bool[Tensor,
 def inverse_transform(
     scores: Float[Tensor, "n p"], exists: Bool[Tensor, "n p"], tokens: int
 ) -> Bool[Tensor, "n p"]:  # fmt: skip
-    """The paper's choice: tokens whose cumulative score is nearest to one of K - 1 points, two at least. The least one never is.
+    """The paper's choice: tokens whose cumulative score is nearest to one of K - 1 > 1 points. The least one never is.
 
     A token is nearest to what lies between the midpoints around it, and points are equidistant: the number of points up
     to a midpoint is a division. (The sum is not scaled to [0, 1], which would move tokens and points alike.)
     """
-    if native.takes(scores) and (run := native.loop(SOURCE, "inverse_transform", "ppp" + 5 * "l")):
+    rows = scores.stride(1) == exists.stride(1) == 1 and exists.dtype == torch.bool and native.takes(scores)
+    if rows and (run := native.loop(SOURCE, "inverse_transform", "ppp" + 5 * "l")):
         chosen = torch.empty(scores.shape, dtype=torch.bool)
         places = scores.data_ptr(), exists.data_ptr(), chosen.data_ptr()
         run(*places, *scores.shape, scores.stride(0), exists.stride(0), tokens)
@@ -93,7 +94,9 @@ def significance(
     exists: None where all tokens do.
     """
     alike = keys.stride() == values.stride() == (*query.stride()[:2], keys.stride(2), 1)
-    if alike and native.takes(query) and (run := native.loop(SOURCE, "significance", "ppppp" + 9 * "l" + "f")):
+    rows = exists is None or (exists.stride(1) == 1 and exists.dtype == torch.bool)
+    plain = alike and rows and all(map(native.takes, (query, keys, values)))
+    if plain and (run := native.loop(SOURCE, "significance", "ppppp" + 9 * "l" + "f")):
         scores = torch.empty(keys.shape[0], keys.shape[2] - 1)
         present, stride = (None, 0) if exists is None else (exists.data_ptr(), exists.stride(0))
         places = query.data_ptr(), keys.data_ptr(), values.data_ptr(), present, scores.data_ptr()
