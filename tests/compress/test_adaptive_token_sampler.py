@@ -138,11 +138,14 @@ def test_the_loops_do_what_the_operators_do(missing, monkeypatch):
     numbers = [3, 8, 20, 50]
     chosen = [inverse_transform(scores, exists[:, 1:], number) for number in numbers]
     alone = [inverse_transform(scores[:, :1], exists[:, :1], 8)]
+    many, all_exist = torch.rand(4, 20000), torch.ones(4, 20000, dtype=torch.bool)
+    of_many = inverse_transform(many, all_exist, 20000)
     monkeypatch.setattr(native, "takes", lambda x: False)
     for found, score in zip(looped, ("attention_value", "attention")):
         assert torch.allclose(found, significance(*given, score), rtol=1e-5, atol=0)
     for found, number in zip(chosen, numbers):
         assert torch.equal(found, inverse_transform(scores, exists[:, 1:], number))
+    assert (of_many != inverse_transform(many, all_exist, 20000)).sum() < 60, "of 80,000, where a rounding decides"
     assert torch.equal(alone[0], inverse_transform(scores[:, :1], exists[:, :1], 8))
 
 
@@ -154,6 +157,8 @@ def test_scores_want_no_particular_memory():
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.allclose(significance(q[:, :, 0], turned, v, 0.5, exists, "attention_value"), expected, rtol=1e-5)
     assert torch.allclose(significance(q[:, :, 0].clone(), k, v, 0.5, exists, "attention_value"), expected, rtol=1e-5)
+    apart = torch.cat((k, k), 1)[:, :4]
+    assert torch.allclose(significance(q[:, :, 0], apart, v, 0.5, exists, "attention_value"), expected, rtol=1e-5)
     exists[0, 5:], exists[1, 2:4] = False, False
     strided = exists.T.contiguous().T
     masked = significance(q[:, :, 0], k, v, 0.5, exists, "attention_value")
@@ -179,6 +184,8 @@ def test_a_batch_is_its_images_one_by_one(tokens):
     assert all(exists[:, 0].all() for exists in sampled.run(x)[1]), "the class token stays"
     assert all(exists.sum(1).max() == exists.shape[1] for exists in sampled.run(x)[1]), "cut to the longest"
     assert torch.allclose(sampled(x), torch.cat([sampled(image[None]) for image in x]), atol=1e-12)
+    few, many = sampled(x[[0, 5]])
+    assert torch.allclose(torch.stack((few, many)), sampled(x)[[0, 5]], atol=1e-12), "two images are a batch too"
     assert (counts[1:] <= counts[:-1]).all() and counts.max() <= sampled.limit(26, 0)
 
 

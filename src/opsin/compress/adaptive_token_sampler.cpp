@@ -44,7 +44,7 @@ void significance(const float* q, const float* k, const float* v, const bool* ex
     }
 }
 
-// With the same roundings as there, hence the same tokens.
+// With the same roundings as there; of equal scores the first comes first.
 void inverse_transform(const float* scores, const bool* exists, bool* chosen, long n, long patches,
                                   long scores_stride, long exists_stride, long tokens) {
     std::vector<long> order(patches);
