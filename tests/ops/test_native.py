@@ -59,15 +59,22 @@ def test_no_compiler_or_no_wish_is_no_loop(source, monkeypatch):
     assert native.library(source) is None and native.loop(str(source), "sum", "ppl") is None
     monkeypatch.delenv("OPSIN_NATIVE")
     native.library.cache_clear()
-    monkeypatch.setattr(native, "which", lambda name: None)
-    assert native.library(source) is None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(native, "which", lambda name: None)
+        assert native.library(source) is None
+    native.library.cache_clear()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(native.os, "name", "nt")
+        assert native.library(source) is None
 
 
 @needs_compiler
-@pytest.mark.parametrize("wrong", ["source", "cache"])
+@pytest.mark.parametrize("wrong", ["source", "cache", "home"])
 def test_what_cannot_be_compiled_says_so_in_a_sentence(source, wrong, monkeypatch):
     if wrong == "source":
         source.write_text("no C++")
+    elif wrong == "home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-has-this-name/cache")
     else:
         (source.parent / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / "file"))

@@ -45,8 +45,9 @@ void significance(const float* q, const float* k, const float* v, const bool* ex
 }
 
 // With the same roundings as there; of equal scores the first comes first.
-void inverse_transform(const float* scores, const bool* exists, bool* chosen, long n, long patches,
-                                  long scores_stride, long exists_stride, long tokens) {
+void inverse_transform(const float* scores, const bool* exists, bool* chosen, long n, long patches, long scores_stride,
+                       long exists_stride, long tokens) {
+    if (patches == 0) return;
     std::vector<long> order(patches);
     std::vector<float> total(patches);
     for (long i = 0; i < n; ++i, scores += scores_stride, exists += exists_stride, chosen += patches) {
@@ -59,7 +60,8 @@ void inverse_transform(const float* scores, const bool* exists, bool* chosen, lo
             if (exists[j]) least = std::min(least, scores[j]);
         }
         const float most = total[patches - 1];
-        const float start = std::min(most, *std::find_if(total.begin(), total.end() - 1, [=](float t) { return t > least; }));
+        const auto above = std::find_if(total.begin(), total.end() - 1, [=](float t) { return t > least; });
+        const float start = std::min(most, *above);
         const float span = std::max(most - start, FLT_MIN);
         float before = -1.0f;
         for (long j = 0; j < patches; ++j) {

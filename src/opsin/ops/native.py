@@ -54,17 +54,16 @@ def library(source: Path) -> ctypes.CDLL | None:
     """The compiled file, or None where it cannot be had."""
     found = (which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name)
     compiler = next(filter(None, found), None)
-    if compiler is None or os.environ.get("OPSIN_NATIVE") == "0":
+    if compiler is None or os.name != "posix" or os.environ.get("OPSIN_NATIVE") == "0":  # elsewhere a long has 32 bits
         return None
-    code = source.read_bytes()
-    made_of = repr((code, FLAGS, compiler, _processor())).encode()
-    place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opsin"
-    path = place / f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    made_of = repr((source.read_bytes(), FLAGS, compiler, _processor())).encode()
     try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opsin"
+        path = place / f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
         if not path.is_file():
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or "").splitlines()
         reason = next((line for line in lines if "error" in line), str(error))
         warnings.warn(f"{source.name} was not compiled ({reason}); PyTorch's operators do its work. OPSIN_NATIVE=0 "
