@@ -2,11 +2,12 @@
 
     python benchmarks/added_cost.py [--rounds 201] [--threads 1]
 
-Forward passes without gradients, in turns; `added` is the ratio of medians less 1. Token sampling is measured once with
-every token staying, so that what it saves is not counted, and once as it is, on random weights and tokens. Anchoring an
-image before its patch embedding, one cheap convolution, is measured for images in planes and for channels-last ones,
-and so are whole networks. Everything is timed twice: with an allocator that returns freed memory to the system, where
-every larger tensor may come as fresh pages, and with one that keeps it.
+Forward passes without gradients, in turns; `added` is the ratio of medians less 1, with its 95 % interval. Token
+sampling is measured once with every token staying, so that what it saves is not counted, and once as it is, on random
+weights and tokens. Anchoring an image before its patch embedding, one cheap convolution, is measured for images in
+planes and for channels-last ones, and so are whole networks; `read and copied` is what one sum and one copy of these
+images add. Everything is timed twice: with an allocator that returns freed memory to the system, where every larger
+tensor may come as fresh pages, and with one that keeps it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from opsin.compress import adaptive_token_sampler as ats
 from opsin.measure.evidence import machine
 from opsin.ops.attention.poly_anchor_vit import anchor
 from opsin.train.allocator import keep_freed_memory
-from turns import forward, medians
+from turns import forward, ratio, timed
 
 RESULTS = Path(__file__).parent / "results" / "added_cost.json"
 STAGES = [
@@ -39,7 +41,7 @@ Pair = tuple[str, str, Tensor, Callable[[Tensor], Any], Callable[[Tensor], Any]]
 
 def pairs() -> Iterator[Pair]:
     """Kind, layer, input, the layer alone, and the layer with what is added."""
-    for n, dim, side, ratio in STAGES:
+    for n, dim, side, reduction in STAGES:
         x = torch.randn(n, dim, side, side).to(memory_format=torch.channels_last)  # as the networks hold it
         where = f"{n} x {dim} x {side} x {side}"
         plain, anchored = (
@@ -47,8 +49,8 @@ def pairs() -> Iterator[Pair]:
         )
         anchored.load_state_dict(plain.state_dict())
         yield "anchoring, attention", f"window attention, {where}", x, plain, anchored
-        reduced = opsin.create("subsampled_attention", dim=dim, sr_ratio=ratio).eval()
-        yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, ratio)
+        reduced = opsin.create("subsampled_attention", dim=dim, sr_ratio=reduction).eval()
+        yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, reduction)
     for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 16, 768), (8, 4, 64)):
         x, embed = torch.randn(n, 3, 224, 224), nn.Conv2d(3, dim, patch, patch)
         name = f"{n} x 3 x 224 x 224, {dim} channels, patches of {patch}"
@@ -91,26 +93,40 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = timed(options.rounds)
+    rows = measured(options.rounds)
     if keep_freed_memory():
-        rows = [{**row, "kept": kept["added"]} for row, kept in zip(rows, timed(options.rounds), strict=True)]
+        rows = [{**row, "kept": kept["added"]} for row, kept in zip(rows, measured(options.rounds), strict=True)]
     where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
-    lines = ["| what | layer | ms | added | freed memory kept |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| what | layer | ms | added | freed memory kept | read and copied |", "|" + " --- |" * 6]
     for row in rows:
-        kept = f"{100 * row['kept']:+.1f} %" if "kept" in row else ""
-        lines.append(f"| {row['kind']} | {row['layer']} | {row['ms']:.2f} | {100 * row['added']:+.1f} % | {kept} |")
+        shares = (shown(row.get(name)) for name in ("added", "kept", "copied"))
+        lines.append(f"| {row['kind']} | {row['layer']} | {row['ms']:.2f} | {' | '.join(shares)} |")
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def timed(rounds: int) -> list[dict[str, Any]]:
-    """The layer's milliseconds, and the share that is added."""
+def shown(share: list[float] | None) -> str:
+    """A ratio less 1 and its interval, in per cent."""
+    if share is None:
+        return ""
+    value, low, high = (100 * s for s in share)
+    return f"{value:+.1f} % ({low:+.1f} to {high:+.1f})"
+
+
+def measured(rounds: int) -> list[dict[str, Any]]:
+    """The layer's milliseconds, and the shares that are added, with their 95 % intervals."""
     rows: list[dict[str, Any]] = []
     for kind, layer, x, plain, wrapped in pairs():
-        times = medians({"plain": forward(plain, x), "wrapped": forward(wrapped, x)}, rounds)
-        added = times["wrapped"] / times["plain"] - 1
-        rows.append({"kind": kind, "layer": layer, "ms": round(times["plain"], 3), "added": round(added, 4)})
-        print(rows[-1], flush=True)
+        runs = {"plain": forward(plain, x), "wrapped": forward(wrapped, x)}
+        if x.ndim == 4 and x.shape[1] == 3:
+            runs["copied"] = forward(lambda x, plain=plain: (x.sum(), plain(x.clone()))[1], x)
+        times = timed(runs, rounds)
+        row: dict[str, Any] = {"kind": kind, "layer": layer, "ms": round(median(times["plain"]), 3)}
+        for name, run in (("added", "wrapped"), ("copied", "copied")):
+            if run in times:
+                row[name] = [round(value - 1, 4) for value in ratio(times[run], times["plain"])]
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 

@@ -1,9 +1,10 @@
 """How fast is every operator: against its own readable reference, against peers, and against what the machine allows?
 
-    python benchmarks/operators.py [KEY ...] [--rounds 25] [--threads 1] [--device cpu] [--peers FILE]
+    python benchmarks/operators.py [KEY ...] [--rounds 101] [--threads 1] [--device cpu] [--peers FILE]
 
 Every operator of the catalogue runs with its default options on maps of three sizes, forward and forward + backward, in
-float32 and bfloat16. Reference and peers take turns with it in one process; `times` is their median over its own.
+float32 and bfloat16. Reference and peers take turns with it in one process; `times` is their median over its own, and
+`interval` the 95 % interval of the reference's: slower than its reference is an operator whose interval lies below 1.
 `bound` is the least time that the machine allows for what the operator must do: its multiply-adds at the speed of a
 large matrix product, or its input, output and parameters at the speed of a large copy, whichever is longer, both
 measured in the same run. Peak memory is that of one forward pass.
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from opsin.catalog.cards import Card
 from opsin.measure.cost import count_macs, count_params
 from opsin.measure.evidence import commit, machine
 from opsin.measure.memory import peak_memory
-from turns import bandwidth, forward, medians, peak_flops, training_step
+from turns import bandwidth, forward, peak_flops, ratio, timed, training_step
 
 HOUSE = Path(__file__).parent.parent
 RESULTS = HOUSE / "benchmarks" / "results" / "operators.json"
@@ -94,7 +96,7 @@ PEERS: dict[str, dict[str, Callable[[Any], Run]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("keys", nargs="*", help="operators (default: all)")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", type=Path)
@@ -145,11 +147,13 @@ def measured(card: Card, speed: dict[str, float], rounds: int, device: str) -> I
             for step in (forward, training_step):
                 typed.train(step is training_step)
                 factor = 3 if step is training_step else 1
-                times = medians({who: step(run, y) for who, run in candidates(card.key, typed, y).items()}, rounds)
+                times = timed({who: step(run, y) for who, run in candidates(card.key, typed, y).items()}, rounds)
                 ours = times.pop("opsin")
+                ratios = {who: [round(value, 3) for value in ratio(ms, ours)] for who, ms in times.items()}
                 row = {
                     "operator": card.key, "images": batch, "side": side, "dtype": name, "pass": step.__name__,
-                    "ms": round(ours, 4), "times": {who: round(ms / ours, 3) for who, ms in times.items()},
+                    "ms": round(median(ours), 4), "times": {who: found[0] for who, found in ratios.items()},
+                    "interval": ratios.get("reference", [])[1:],
                     "bound_ms": round(factor * bound, 4), "macs": macs, "params": params, "extra_memory": memory,
                 }  # fmt: skip
                 print(row, flush=True)
@@ -191,14 +195,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["dtype"] == "float32":
             peers = ", ".join(f"{who} {ratio:.2f}" for who, ratio in row["times"].items() if who != "reference")
-            ratios = [r["times"].get("reference") for r in (row, rough[place(row)])]
             cells = [
                 row["operator"], f"{row['images']}x{row['side']}x{row['side']}", row["pass"].replace("_", " "),
-                f"{row['ms']:.2f}", *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios), peers,
+                f"{row['ms']:.2f}", over_reference(row), over_reference(rough[place(row)]), peers,
                 f"{row['ms'] / row['bound_ms']:.1f}", f"{row['extra_memory'] / 2**20:.1f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def over_reference(row: dict[str, Any]) -> str:
+    """The reference's time over the operator's, with its interval where that is not all above 1."""
+    if not row["interval"]:
+        return ""
+    low, high = row["interval"]
+    return f"{row['times']['reference']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < 1 else "")
 
 
 def place(row: dict[str, Any]) -> tuple[object, ...]:
@@ -234,11 +245,13 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 def summary(rows: list[dict[str, Any]]) -> None:
     """Says whether any operator is slower than its reference."""
-    slower = [row for row in rows if row["times"].get("reference", 1.0) < 1.0]
+    compared = [row for row in rows if row["interval"]]
+    slower = [row for row in compared if row["interval"][1] < 1]
     for row in slower:
         where = (row["operator"], row["side"], row["dtype"], row["pass"])
-        print(f"slower than its reference: {where}, {row['times']['reference']}")
-    print(f"{len(rows)} rows, {len(slower)} slower than their reference")
+        print(f"slower than its reference: {where}, {row['times']['reference']}, {row['interval']}")
+    equal = sum(row["interval"][0] < 1 <= row["interval"][1] for row in compared)
+    print(f"{len(compared)} pairs, {equal} not told apart, {len(slower)} slower than their reference")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from torch import Tensor
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 5.0) -> dict[str, float]:
-    """Median milliseconds of each, after one call of each that does not count, in a new order every round.
+    """Median milliseconds of each."""
+    return {name: statistics.median(times) for name, times in timed(candidates, rounds, seconds).items()}
+
+
+def timed(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 5.0) -> dict[str, list[float]]:
+    """Milliseconds of each in every round, after one call of each that does not count, in a new order every round.
 
     Rounds stop, but not before the third, once all of them together took longer than `seconds`.
     """
@@ -27,7 +32,15 @@ def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds
                 times[name].append(1e3 * (time.perf_counter() - start))
         if turn >= 3 and time.perf_counter() - begin > seconds:
             break
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def ratio(times: list[float], over: list[float]) -> tuple[float, float, float]:
+    """Of the medians, and its 95 % interval when the rounds are drawn again (both of a round together) 2,000 times."""
+    pairs = torch.tensor([times, over], dtype=torch.float64)
+    drawn = pairs[:, torch.randint(len(times), (2000, len(times)), generator=torch.Generator().manual_seed(0))]
+    low, high = (drawn[0].quantile(0.5, 1) / drawn[1].quantile(0.5, 1)).quantile(torch.tensor([0.025, 0.975]).double())
+    return statistics.median(times) / statistics.median(over), float(low), float(high)
 
 
 def orders(names: list[str]) -> Iterator[tuple[str, ...]]:
