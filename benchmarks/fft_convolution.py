@@ -1,18 +1,23 @@
 """Is the FFT long convolution at least as fast as the composition of torch.fft, on sequences of 256 to 32768?
 
-    python benchmarks/fft_convolution.py [--rounds 15] [--threads 1] [--device cpu]
+    python benchmarks/fft_convolution.py [--rounds 201] [--threads 1] [--device cpu]
 
-`composition` is the common one, rfft of 2L, product, irfft; candidates take turns, `times` is its median over ours.
-A causal convolution of 64 features, 2 sequences, plain and with two gates; forward, and forward with backward. On a CPU
-everything is timed twice: first with an allocator that returns freed memory to the system, where large tensors come as
-fresh pages, then with one that keeps it, as `fit` does. On CUDA the fused Triton kernel is a candidate of its own.
+`composition` is the common one, rfft of 2L, product, irfft; candidates take turns, and what is given is its median over
+ours, with the 95 % interval of that. A causal convolution of 64 features, 2 sequences, plain and with two gates;
+forward, and forward with backward. On a CPU everything is timed twice: first with an allocator that returns freed
+memory to the system, where large tensors come as fresh pages, then with one that keeps it, as `fit` does; and every
+length in a process of its own, since an allocator changes its ways with what it has seen. On CUDA the fused Triton
+kernel is a candidate of its own.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +26,7 @@ from torch import Tensor
 from opsin.measure.evidence import machine
 from opsin.ops.spectral.flashfftconv import fft_conv
 from opsin.train.allocator import keep_freed_memory
-from turns import forward, medians, training_step
+from turns import forward, ratio, timed, told, training_step
 
 RESULTS = Path(__file__).parent / "results" / "fft_convolution.json"
 LENGTHS = (256, 511, 1024, 3000, 4096, 16384, 32768)
@@ -37,41 +42,51 @@ def composition(u: Tensor, k: Tensor, gates: tuple[Tensor | None, Tensor | None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [{**row, "memory": "returned"} for row in timed(options.device, options.rounds)]
-    if options.device == "cpu" and keep_freed_memory():
-        rows += [{**row, "memory": "kept"} for row in timed(options.device, options.rounds)]
+    if options.one:
+        length, memory = options.one
+        if memory == "kept" and not keep_freed_memory():
+            raise SystemExit("freed memory cannot be kept here")
+        print(json.dumps([{**row, "memory": memory} for row in measured(int(length), options.device, options.rounds)]))
+        return
+    rows = []
+    for memory in ("returned", "kept") if options.device == "cpu" else ("returned",):
+        for length in LENGTHS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", str(length), memory]
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            rows += json.loads(out.stdout) if out.returncode == 0 else []
+            print(f"{length} positions, freed memory {memory}", flush=True)
     where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
     lines = ["| length | gated | pass | freed memory is | ms | composition / opsin |", "|" + " --- |" * 6]
     for row in sorted(rows, key=lambda row: (row["length"], row["pass"], row["gated"])):
         lines.append(f"| {row['length']} | {'yes' if row['gated'] else 'no'} | {row['pass'].replace('_', ' ')} | "
-                     f"{row['memory']} | {row['ms']:.2f} | {row['composition']:.2f} |")  # fmt: skip
+                     f"{row['memory']} | {row['ms']:.2f} | {told(*row['composition'])} |")  # fmt: skip
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def timed(device: str, rounds: int) -> Iterator[dict[str, Any]]:
+def measured(length: int, device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of ours, and the other candidates' times over it."""
-    for length in LENGTHS:
-        u, gate = (torch.randn(2, 64, length, device=device) for _ in range(2))
-        k = torch.randn(64, length, device=device, requires_grad=True)
-        for gates in ((None, None), (gate, gate)):
-            runs: dict[str, Callable[[Tensor], Tensor]] = {
-                "opsin": lambda x, k=k, g=gates: fft_conv(x, k, g),
-                "composition": lambda x, k=k, g=gates: composition(x, k, g),
-            }
-            if u.is_cuda:
-                runs["torch.fft engine"] = lambda x, k=k, g=gates: fft_conv(x, k, g, backend="fft")
-            for step in (forward, training_step):
-                times = medians({who: step(run, u) for who, run in runs.items()}, rounds)
-                ours = times.pop("opsin")
-                ratios = {who: round(ms / ours, 3) for who, ms in times.items()}
-                gated = gates[0] is not None
-                yield {"length": length, "gated": gated, "pass": step.__name__, "ms": round(ours, 4), **ratios}
+    u, gate = (torch.randn(2, 64, length, device=device) for _ in range(2))
+    k = torch.randn(64, length, device=device, requires_grad=True)
+    for gates in ((None, None), (gate, gate)):
+        runs: dict[str, Callable[[Tensor], Tensor]] = {
+            "opsin": lambda x, g=gates: fft_conv(x, k, g),
+            "composition": lambda x, g=gates: composition(x, k, g),
+        }
+        if u.is_cuda:
+            runs["torch.fft engine"] = lambda x, g=gates: fft_conv(x, k, g, backend="fft")
+        for step in (forward, training_step):
+            times = timed({who: step(run, u) for who, run in runs.items()}, rounds)
+            ours = times.pop("opsin")
+            ratios = {who: [round(value, 3) for value in ratio(ms, ours)] for who, ms in times.items()}
+            gated = gates[0] is not None
+            yield {"length": length, "gated": gated, "pass": step.__name__, "ms": round(median(ours), 4), **ratios}
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from opsin.catalog.cards import Card
 from opsin.measure.cost import count_macs, count_params
 from opsin.measure.evidence import commit, machine
 from opsin.measure.memory import peak_memory
-from turns import bandwidth, forward, peak_flops, ratio, timed, training_step
+from turns import bandwidth, forward, peak_flops, ratio, timed, told, training_step
 
 HOUSE = Path(__file__).parent.parent
 RESULTS = HOUSE / "benchmarks" / "results" / "operators.json"
@@ -205,11 +205,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def over_reference(row: dict[str, Any]) -> str:
-    """The reference's time over the operator's, with its interval where that is not all above 1."""
-    if not row["interval"]:
-        return ""
-    low, high = row["interval"]
-    return f"{row['times']['reference']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < 1 else "")
+    return told(row["times"]["reference"], *row["interval"]) if row["interval"] else ""
 
 
 def place(row: dict[str, Any]) -> tuple[object, ...]:

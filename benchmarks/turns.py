@@ -43,6 +43,11 @@ def ratio(times: list[float], over: list[float]) -> tuple[float, float, float]:
     return statistics.median(times) / statistics.median(over), float(low), float(high)
 
 
+def told(value: float, low: float, high: float) -> str:
+    """A ratio, with its interval where that is not all above 1."""
+    return f"{value:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < 1 else "")
+
+
 def orders(names: list[str]) -> Iterator[tuple[str, ...]]:
     """Orders without end: of up to four names every one of them equally often, of more a random choice.
 

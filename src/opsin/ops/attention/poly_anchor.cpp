@@ -57,16 +57,16 @@ long strongest(const float* x, Size s, bool tokens, long rows, long columns) {
     return best;
 }
 
-// Rows of w units of `unit` floats, `planes` times h of them, moved up and left.
+// Planes of h rows of w units of `unit` floats, moved up and left: a plane at once as if it were one row, so that what
+// comes to the ends of its rows is from the rows below, then these ends.
 void roll(const float* x, float* out, long planes, long h, long w, long unit, long down, long right) {
-    const long head = (w - right) * unit, tail = right * unit;
-    for (long k = 0; k < planes; ++k)
-        for (long u = 0; u < h; ++u) {
-            const float* from = x + (k * h + (u + down) % h) * w * unit;
-            float* to = out + (k * h + u) * w * unit;
-            std::memcpy(to, from + tail, head * sizeof(float));
-            std::memcpy(to + head, from, tail * sizeof(float));
-        }
+    const long row = w * unit, plane = h * row, end = right * unit, start = down * row + end;
+    for (const float* last = x + planes * plane; x < last; x += plane, out += plane) {
+        std::memcpy(out, x + start, (plane - start) * sizeof(float));
+        std::memcpy(out + plane - start, x, start * sizeof(float));
+        for (long u = 0; u < h; ++u)
+            std::memcpy(out + (u + 1) * row - end, x + (u + down) % h * row, end * sizeof(float));
+    }
 }
 
 // The same from planes to tokens.

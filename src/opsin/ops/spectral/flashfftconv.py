@@ -12,6 +12,7 @@ multiplies with corners of the matrices only (section 3.3).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -88,49 +89,50 @@ def fft_conv(
     Backward keeps the arguments only and computes the spectra again, but for "fft" on a CPU. Raises BadInput: shapes
     that do not fit, a kernel longer than a circular convolution, an unknown backend, or one that cannot run here.
     """
-    length, taps = _sizes(u, k, gates, causal)
-    needed = needed_length(length, taps, start) if causal else length
-    engine, n = _engine(u, needed, causal, backend, factors)
+    size = u.shape
+    for gate in gates:
+        if gate is not None and gate.shape != size:
+            raise BadInput(f"a gate has the shape of the input, {tuple(size)}, not {tuple(gate.shape)}")
+    if backend == "triton":
+        require_kernel(u)
+    plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan  # symbolic sizes cannot be kept
+    engine, n = plan(size, k.shape, causal, backend, factors, start, kernel_wanted(u), u.device)
     return long_conv(u, k, start, n, gates, engine)
 
 
-def _engine(
-    u: Tensor, needed: int, causal: bool, backend: Backend, factors: tuple[int, ...] | None
+@lru_cache(maxsize=256)
+def _plan(
+    size: torch.Size, kernel: torch.Size, causal: bool, backend: Backend, factors: tuple[int, ...] | None, start: int,
+    fused: bool, device: torch.device,
 ) -> tuple[Engine, int]:  # fmt: skip
-    """What computes, and the size of the transform: free above `needed` for padded convolutions."""
-    if backend not in ("auto", "fft", "monarch", "triton"):
-        raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
-    if factors is None and (backend == "fft" or (backend == "auto" and not kernel_wanted(u))):
-        return FOURIER, fast_length(needed) if causal else needed
-    n = prod(factors) if factors else 1 << max(8, (needed - 1).bit_length()) if causal else needed
-    if n < needed or (n > needed and not causal):
-        raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
-    if backend == "triton":
-        require_kernel(u)
-    if backend == "triton" or (backend == "auto" and kernel_wanted(u)):
-        from opsin.ops.spectral.flashfftconv_triton import FusedMonarch, fused_factors
+    """What computes, and the size of the transform: free above the needed one for padded convolutions.
 
-        if (chosen := factors or fused_factors(n, u.device)) is not None:
-            return FusedMonarch(chosen), n
-        if backend == "triton":
-            raise BadInput(f"there is no fused kernel for a transform of size {n} on this device; take backend='fft'")
-    if backend == "monarch":
-        return Monarch(factors), n
-    return FOURIER, fast_length(needed) if causal else needed
-
-
-def _sizes(u: Tensor, k: Tensor, gates: Gates, causal: bool) -> tuple[int, int]:
-    """Positions and taps. Raises BadInput where the shapes do not fit."""
-    size, kernel = u.shape, k.shape
+    Kept, as finding out takes as long as a short transform. Raises BadInput where the shapes do not fit.
+    """
     if len(size) != 3 or len(kernel) != 2 or size[1] != kernel[0]:
         shapes = f"{tuple(size)} and {tuple(kernel)}"
         raise BadInput(f"fft_conv takes u (batch, features, length) and k (features, taps), not {shapes}")
     if not causal and kernel[1] > size[2]:
         raise BadInput(f"a circular convolution of {size[2]} positions has at most as many taps, not {kernel[1]}")
-    for gate in gates:
-        if gate is not None and gate.shape != size:
-            raise BadInput(f"a gate has the shape of the input, {tuple(size)}, not {tuple(gate.shape)}")
-    return size[2], kernel[1]
+    if backend not in ("auto", "fft", "monarch", "triton"):
+        raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
+    needed = needed_length(size[2], kernel[1], start) if causal else size[2]
+    free = fast_length(needed) if causal else needed
+    if factors is None and (backend == "fft" or (backend == "auto" and not fused)):
+        return FOURIER, free
+    n = prod(factors) if factors else 1 << max(8, (needed - 1).bit_length()) if causal else needed
+    if n < needed or (n > needed and not causal):
+        raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
+    if backend == "triton" or (backend == "auto" and fused):
+        from opsin.ops.spectral.flashfftconv_triton import FusedMonarch, fused_factors
+
+        if (chosen := factors or fused_factors(n, device)) is not None:
+            return FusedMonarch(chosen), n
+        if backend == "triton":
+            raise BadInput(f"there is no fused kernel for a transform of size {n} on this device; take backend='fft'")
+    if backend == "monarch":
+        return Monarch(factors), n
+    return FOURIER, free
 
 
 def partial_conv(

@@ -68,19 +68,25 @@ def filtered(
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
     gate_in, gate_out = gates
-    compiling = torch.compiler.is_compiling()
-    if not compiling and u.is_cpu:
+    eager = not torch.compiler.is_compiling()
+    if eager and u.is_cpu and (k.ndim > 2 or 4 * n * u.numel() > BLOCK * u.shape[-1]):
         convolutions = u.numel() // u.shape[-1] * (1 if k.ndim == 2 else prod(k.shape[:-2]))
         most = BLOCK * torch.get_num_threads() // (4 * n)
         if convolutions > most and (features := most * u.shape[-2] // convolutions or 1) < u.shape[-2]:
-            blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
-            return torch.cat([filtered(v, c, start, n, g) for v, c, *g in zip(*blocks, strict=False)], -2)
+            y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), u.shape[-1])
+            blocks = [repeat(None) if x is None else x.split(features, -2) for x in (y, u, k, gate_in, gate_out)]
+            for into, v, c, *g in zip(*blocks, strict=False):
+                into.copy_(filtered(v, c, start, n, g))
+            return y
     y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
-    # in place, so that the transform back finds memory still in the caches
-    y_f = y_f.mul_(k_f) if k_f.ndim == 2 and not compiling else y_f * k_f
+    # in place, so that what comes next finds memory still in the caches
+    y_f = y_f.mul_(k_f) if eager and k_f.ndim == 2 else y_f * k_f
     y = torch.fft.irfft(y_f, n).narrow(-1, start, u.shape[-1])
-    y = y if y.dtype == u.dtype else y.to(u.dtype)
-    return y if gate_out is None else y * gate_out
+    if y.dtype != u.dtype:
+        y = y.to(u.dtype)
+    if gate_out is None:
+        return y
+    return y.mul_(gate_out) if eager else y * gate_out
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -188,7 +194,7 @@ def long_conv(
     n = n or fast_length(needed_length(u.shape[-1], k.shape[-1], start))
     engine = engine or FOURIER
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or u.is_meta:
-        return engine.convolve(u, k, start, n, gates)
+        return filtered(u, k, start, n, gates) if engine is FOURIER else engine.convolve(u, k, start, n, gates)
     if isinstance(engine, Fourier) and u.device.type == "cpu":
         return gated(FourierConvolution.apply(gated(u, gates[0]), k, start, n), gates[1])
     return LongConvolution.apply(u, k, *gates, start, n, engine)
