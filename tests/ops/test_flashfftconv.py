@@ -61,7 +61,7 @@ def test_reference_is_the_direct_sum():
 @pytest.mark.parametrize(("backend", "factors"), [("fft", None), ("monarch", None), ("monarch", (4, 2, 6))])
 def test_circular_convolution_wraps(backend, factors):
     u, k = signals(48, 20)
-    ours = fft_conv(u, k, causal=False, backend=backend, factors=factors)
+    ours = fft_conv(u, k, causal=False, backend=backend, factors=factors and list(factors))  # any sequence
     wrapped = direct(u.repeat(1, 1, 2), k)[..., 48:]
     assert torch.allclose(ours, wrapped, atol=1e-11)
     assert not torch.allclose(ours, direct(u, k))
@@ -142,20 +142,35 @@ def test_sizes_are_fast_and_large_enough():
         assert torch.allclose(long_conv(u, k, start, n), direct(u, k, start)[..., :length], atol=1e-11)
 
 
+@pytest.mark.parametrize("kernels", [(), (3,)])
 @pytest.mark.parametrize("features", [1, 3, 7])
-def test_blocks_of_features_are_all_features(features, monkeypatch):
+def test_blocks_of_features_are_all_features(features, kernels, monkeypatch):
     """The cache of a CPU bounds how many are transformed at once; 7 features do not always divide."""
-    u, gates = torch.randn(2, 1, 7, 50), (torch.randn(2, 1, 7, 50), torch.randn(2, 1, 7, 50))
-    k, n = torch.randn(3, 7, 50), fast_length(99)
+    u, *gates = torch.randn(3, 2, *(1 for _ in kernels), 7, 50)
+    k, n = torch.randn(*kernels, 7, 50), fast_length(99)
     sizes = []
     monkeypatch.setattr(torch.fft, "irfft", lambda y, n, run=torch.fft.irfft: sizes.append(y.shape[-2]) or run(y, n))
     with torch.no_grad():
-        whole = filtered(u, k, 0, n, gates)
-        monkeypatch.setattr(fourier, "BLOCK", features * 2 * 3 * 4 * n // torch.get_num_threads() + 4)
-        assert torch.allclose(filtered(u, k, 0, n, gates), whole, atol=1e-6)
-        assert torch.allclose(filtered(u, spectrum(k, n), 0, n, gates), whole, atol=1e-6)
+        whole = filtered(u, k, 0, n, tuple(gates))
+        monkeypatch.setattr(fourier, "BLOCK", features * 2 * prod(kernels) * 4 * n // torch.get_num_threads() + 4)
+        assert torch.allclose(filtered(u, k, 0, n, tuple(gates)), whole, atol=1e-6)
+        assert torch.allclose(filtered(u, spectrum(k, n), 0, n, tuple(gates)), whole, atol=1e-6)
     pieces = [features] * (7 // features) + [7 % features] * (7 % features > 0)
     assert sizes == [7, *pieces, *pieces]
+
+
+def test_what_is_convolved_with_kept_kernels_may_require_gradients(monkeypatch):
+    u, k = (torch.randn(*shape, 7, 50, dtype=torch.float64) for shape in ((2,), ()))
+    u.requires_grad_()
+    n = fast_length(99)
+
+    def gradient(run: Callable[[], Tensor]) -> Tensor:
+        return torch.autograd.grad(run().square().sum(), u)[0]
+
+    expected = gradient(lambda: u.cos() * direct(u.sin() * u, k)[..., :50])
+    for block in (fourier.BLOCK, 2 * 2 * 4 * n):
+        monkeypatch.setattr(fourier, "BLOCK", block)
+        assert torch.allclose(gradient(lambda: filtered(u, k, 0, n, (u.sin(), u.cos()))), expected)
 
 
 def test_implicit_padding_is_explicit_padding_for_less():

@@ -76,7 +76,7 @@ class Monarch:
 
 def fft_conv(
     u: Float[Tensor, "b h l"], k: Float[Tensor, "h t"], gates: Gates = (None, None), causal: bool = True,
-    backend: Backend = "auto", factors: tuple[int, ...] | None = None, start: int = 0,
+    backend: Backend = "auto", factors: Sequence[int] | None = None, start: int = 0,
 ) -> Float[Tensor, "b h l"]:  # fmt: skip
     """gate_out * (k conv (gate_in * u)), one kernel per feature.
 
@@ -96,7 +96,8 @@ def fft_conv(
     if backend == "triton":
         require_kernel(u)
     plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan  # symbolic sizes cannot be kept
-    engine, n = plan(size, k.shape, causal, backend, factors, start, kernel_wanted(u), u.device)
+    sizes = tuple(factors) if factors else None
+    engine, n = plan(size, k.shape, causal, backend, sizes, start, kernel_wanted(u), u.device)
     return long_conv(u, k, start, n, gates, engine)
 
 

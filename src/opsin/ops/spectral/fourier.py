@@ -13,7 +13,7 @@ section 3.1) does. On a CPU, where that would cost two of eight transforms, it k
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import repeat
+from itertools import count, repeat
 from math import prod
 from typing import Any, Protocol
 
@@ -74,9 +74,9 @@ def filtered(
         most = BLOCK * torch.get_num_threads() // (4 * n)
         if convolutions > most and (features := most * u.shape[-2] // convolutions or 1) < u.shape[-2]:
             y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), u.shape[-1])
-            blocks = [repeat(None) if x is None else x.split(features, -2) for x in (y, u, k, gate_in, gate_out)]
-            for into, v, c, *g in zip(*blocks, strict=False):
-                into.copy_(filtered(v, c, start, n, g))
+            blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
+            for at, v, c, *g in zip(count(step=features), *blocks, strict=False):
+                y[..., at : at + features, :] = filtered(v, c, start, n, g)
             return y
     y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
     # in place, so that what comes next finds memory still in the caches
