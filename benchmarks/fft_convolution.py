@@ -50,16 +50,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.one:
         length, memory = options.one
-        if memory == "kept" and not keep_freed_memory():
-            raise SystemExit("freed memory cannot be kept here")
+        if memory == "kept":
+            keep_freed_memory()
         print(json.dumps([{**row, "memory": memory} for row in measured(int(length), options.device, options.rounds)]))
         return
     rows = []
-    for memory in ("returned", "kept") if options.device == "cpu" else ("returned",):
+    for memory in ("returned", "kept") if options.device == "cpu" and keep_freed_memory() else ("returned",):
         for length in LENGTHS:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", str(length), memory]
-            out = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            rows += json.loads(out.stdout) if out.returncode == 0 else []
+            rows += json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
             print(f"{length} positions, freed memory {memory}", flush=True)
     where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")

@@ -173,6 +173,16 @@ def test_what_is_convolved_with_kept_kernels_may_require_gradients(monkeypatch):
         assert torch.allclose(gradient(lambda: filtered(u, k, 0, n, (u.sin(), u.cos()))), expected)
 
 
+def test_gates_of_a_wider_type_widen_the_result(monkeypatch):
+    u, k, gates = torch.randn(2, 7, 50).bfloat16(), torch.randn(7, 50), (None, torch.randn(2, 7, 50))
+    with torch.no_grad():
+        expected = gates[1] * filtered(u, k, 0, fast_length(99))
+        for block in (fourier.BLOCK, 2 * 2 * 4 * fast_length(99)):
+            monkeypatch.setattr(fourier, "BLOCK", block)
+            found = filtered(u, k, 0, fast_length(99), gates)
+            assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_implicit_padding_is_explicit_padding_for_less():
     u, k = signals(512, 512)
     padded = [F.pad(t, (0, 512)) for t in (u, k)]

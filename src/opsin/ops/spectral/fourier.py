@@ -69,11 +69,13 @@ def filtered(
     """
     gate_in, gate_out = gates
     eager = not torch.compiler.is_compiling()
+    # the last condition rules short signals out before anything is counted
     if eager and u.is_cpu and (k.ndim > 2 or 4 * n * u.numel() > BLOCK * u.shape[-1]):
         convolutions = u.numel() // u.shape[-1] * (1 if k.ndim == 2 else prod(k.shape[:-2]))
         most = BLOCK * torch.get_num_threads() // (4 * n)
         if convolutions > most and (features := most * u.shape[-2] // convolutions or 1) < u.shape[-2]:
-            y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), u.shape[-1])
+            dtype = u.dtype if gate_out is None else torch.promote_types(u.dtype, gate_out.dtype)
+            y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), u.shape[-1], dtype=dtype)
             blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
             for at, v, c, *g in zip(count(step=features), *blocks, strict=False):
                 y[..., at : at + features, :] = filtered(v, c, start, n, g)
@@ -86,7 +88,7 @@ def filtered(
         y = y.to(u.dtype)
     if gate_out is None:
         return y
-    return y.mul_(gate_out) if eager else y * gate_out
+    return y.mul_(gate_out) if eager and gate_out.dtype == y.dtype else y * gate_out
 
 
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
