@@ -30,7 +30,7 @@ from opsin.ops.spectral.fourier import (
     long_conv,
     needed_length,
     reference_conv,
-    spectrum,
+    response,
 )  # fmt: skip
 
 
@@ -149,12 +149,13 @@ def test_blocks_of_features_are_all_features(features, kernels, monkeypatch):
     u, *gates = torch.randn(3, 2, *(1 for _ in kernels), 7, 50)
     k, n = torch.randn(*kernels, 7, 50), fast_length(99)
     sizes = []
-    monkeypatch.setattr(torch.fft, "irfft", lambda y, n, run=torch.fft.irfft: sizes.append(y.shape[-2]) or run(y, n))
+    run = torch.fft.irfft
+    monkeypatch.setattr(fourier, "irfft", lambda y, *given, **how: sizes.append(y.shape[-2]) or run(y, *given, **how))
     with torch.no_grad():
         whole = filtered(u, k, 0, n, tuple(gates))
         monkeypatch.setattr(fourier, "BLOCK", features * 2 * prod(kernels) * 4 * n // torch.get_num_threads() + 4)
         assert torch.allclose(filtered(u, k, 0, n, tuple(gates)), whole, atol=1e-6)
-        assert torch.allclose(filtered(u, spectrum(k, n), 0, n, tuple(gates)), whole, atol=1e-6)
+        assert torch.allclose(filtered(u, response(k, n), 0, n, tuple(gates)), whole, atol=1e-6)
     pieces = [features] * (7 // features) + [7 % features] * (7 % features > 0)
     assert sizes == [7, *pieces, *pieces]
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import opsin
 from opsin.errors import BadInput
-from opsin.ops.spectral.fourier import filtered, spectrum
+from opsin.ops.spectral.fourier import filtered, response
 from opsin.ops.spectral.long_conv import (
     ButterflyLongConv,
     LongConv,
@@ -90,9 +90,9 @@ def test_only_causal_layers_are_blind_to_the_future():
 
     assert seen_early(layer()) < 1e-5 < 1e-2 < seen_early(layer(bidirectional=True))
     kernel = torch.randn(1, 4, 40)
-    assert seen_early(lambda x: filtered(x, spectrum(kernel, 40), 0, 40)) > 1e-2
-    assert seen_early(lambda x: filtered(x, spectrum(kernel[..., :20], 20), 0, 20)) > 1e-2, "nor without padding"
-    two_sided = filtered(u, spectrum(kernel, 40), 0, 40)
+    assert seen_early(lambda x: filtered(x, response(kernel, 40), 0, 40)) > 1e-2
+    assert seen_early(lambda x: filtered(x, response(kernel[..., :20], 20), 0, 20)) > 1e-2, "nor without padding"
+    two_sided = filtered(u, response(kernel, 40), 0, 40)
     made = layer(bidirectional=True, lam=0.0)
     with torch.no_grad():
         made.kernel.copy_(split_wrapped(kernel))

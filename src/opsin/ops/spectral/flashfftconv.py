@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
@@ -36,7 +37,7 @@ from opsin.ops.spectral.fourier import (
     may_keep,
     needed_length,
     reference_conv,
-    spectrum,
+    response,
 )  # fmt: skip
 from opsin.ops.spectral.monarch import Pair, best_factors, complex_product, conjugate, inverse, permutation, transform
 from opsin.ops.spectral.sequence import RasterOperator
@@ -95,20 +96,21 @@ def fft_conv(
             raise BadInput(f"a gate has the shape of the input, {tuple(size)}, not {tuple(gate.shape)}")
     if backend == "triton":
         require_kernel(u)
-    plan = _plan.__wrapped__ if torch.compiler.is_compiling() else _plan  # symbolic sizes cannot be kept
-    sizes = tuple(factors) if factors else None
-    engine, n = plan(size, k.shape, causal, backend, sizes, start, kernel_wanted(u), u.device)
+    cuda = u.device if u.is_cuda and (backend == "triton" or kernel_wanted(u)) else None
+    plan = _plan.__wrapped__ if is_compiling() else _plan  # symbolic sizes cannot be kept
+    engine, n = plan(size, k.shape, causal, backend, tuple(factors) if factors else None, start, cuda)
     return long_conv(u, k, start, n, gates, engine)
 
 
 @lru_cache(maxsize=256)
 def _plan(
     size: torch.Size, kernel: torch.Size, causal: bool, backend: Backend, factors: tuple[int, ...] | None, start: int,
-    fused: bool, device: torch.device,
+    cuda: torch.device | None,
 ) -> tuple[Engine, int]:  # fmt: skip
     """What computes, and the size of the transform: free above the needed one for padded convolutions.
 
-    Kept, as finding out takes as long as a short transform. Raises BadInput where the shapes do not fit.
+    cuda: the device if the fused kernel can run on it. Kept, as finding out takes as long as a short transform. Raises
+    BadInput where the shapes do not fit.
     """
     if len(size) != 3 or len(kernel) != 2 or size[1] != kernel[0]:
         shapes = f"{tuple(size)} and {tuple(kernel)}"
@@ -119,15 +121,15 @@ def _plan(
         raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
     needed = needed_length(size[2], kernel[1], start) if causal else size[2]
     free = fast_length(needed) if causal else needed
-    if factors is None and (backend == "fft" or (backend == "auto" and not fused)):
+    if factors is None and (backend == "fft" or (backend == "auto" and cuda is None)):
         return FOURIER, free
     n = prod(factors) if factors else 1 << max(8, (needed - 1).bit_length()) if causal else needed
     if n < needed or (n > needed and not causal):
         raise BadInput(f"the factors {factors} make a transform of size {n}, and this convolution needs {needed}")
-    if backend == "triton" or (backend == "auto" and fused):
+    if backend == "triton" or (backend == "auto" and cuda):
         from opsin.ops.spectral.flashfftconv_triton import FusedMonarch, fused_factors
 
-        if (chosen := factors or fused_factors(n, device)) is not None:
+        if (chosen := factors or fused_factors(n, cuda)) is not None:
             return FusedMonarch(chosen), n
         if backend == "triton":
             raise BadInput(f"there is no fused kernel for a transform of size {n} on this device; take backend='fft'")
@@ -216,7 +218,7 @@ class GlobalFilter1d(nn.Module):
         if self.backend not in ("auto", "fft") or kernel_wanted(u) or not may_keep(self, u):
             return fft_conv(u, self.weight, gates, backend=self.backend, start=start)
         n = fast_length(2 * self.length - 1)
-        k_f = self._kept(n, [self.weight], lambda: spectrum(self.weight, n))
+        k_f = self._kept(n, [self.weight], lambda: response(self.weight, n))
         return filtered(u, k_f, start, n, gates)
 
     def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:

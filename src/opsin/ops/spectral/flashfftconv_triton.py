@@ -25,11 +25,11 @@ SHARED = {256: 14336, 512: 30720, 1024: 57344, 2048: 143360, 4096: 167936}
 SAMPLES = 8  # pairs of samples that a program of the taps' gradient adds up
 
 
-def fused_factors(n: int, device: torch.device) -> tuple[int, ...] | None:
+def fused_factors(n: int, cuda: torch.device | None) -> tuple[int, ...] | None:
     """Factors of a transform of size n for the fused kernel, or None where it has none or the device no room."""
     if n not in SHARED:
         return None
-    if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin < SHARED[n]:
+    if cuda and torch.cuda.get_device_properties(cuda).shared_memory_per_block_optin < SHARED[n]:
         return None
     return best_factors(n, most=3)
 

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+from torch.fft import irfft, rfft
 from torch.nn import functional as F
 
 from opsin.layers.kept import Source
@@ -55,35 +57,39 @@ def computing(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def spectrum(k: Float[Tensor, "*b t"], n: int) -> Complex[Tensor, "*b f"]:
+def spectrum(u: Float[Tensor, "*b t"], n: int) -> Complex[Tensor, "*b f"]:
     """The n / 2 + 1 frequencies of a real signal padded to n."""
-    return torch.fft.rfft(k if k.dtype.itemsize >= 4 else k.to(computing(k.dtype)), n)
+    return rfft(u if u.dtype.itemsize >= 4 else u.to(computing(u.dtype)), n)
+
+
+def response(k: Float[Tensor, "*b t"], n: int) -> Complex[Tensor, "*b f"]:
+    """The spectrum of a kernel over n. The way back scales nothing then (norm="forward"), and has the most to scale."""
+    return rfft(k if k.dtype.itemsize >= 4 else k.to(computing(k.dtype)), n, norm="forward")
 
 
 def filtered(
     u: Float[Tensor, "*b h l"], k: Tensor, start: int, n: int, gates: Gates = (None, None)
 ) -> Float[Tensor, "*d h l"]:  # fmt: skip
-    """The part [start, start + l) of the circular convolution, gated; k: taps (*c, h, t) or a spectrum (*c, h, f).
+    """The part [start, start + l) of the circular convolution, gated; k: taps (*c, h, t) or their response (*c, h, f).
 
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
-    gate_in, gate_out = gates
-    eager = not torch.compiler.is_compiling()
-    # the last condition rules short signals out before anything is counted
-    if eager and u.is_cpu and (k.ndim > 2 or 4 * n * u.numel() > BLOCK * u.shape[-1]):
-        convolutions = u.numel() // u.shape[-1] * (1 if k.ndim == 2 else prod(k.shape[:-2]))
+    (gate_in, gate_out), length, eager = gates, u.shape[-1], not is_compiling()
+    # short signals are ruled out before anything is counted, and symbolic sizes before they are compared
+    if eager and (k.ndim > 2 or 4 * n * u.numel() > BLOCK * length) and u.is_cpu:
+        convolutions = u.numel() // length * (1 if k.ndim == 2 else prod(k.shape[:-2]))
         most = BLOCK * torch.get_num_threads() // (4 * n)
         if convolutions > most and (features := most * u.shape[-2] // convolutions or 1) < u.shape[-2]:
             dtype = u.dtype if gate_out is None else torch.promote_types(u.dtype, gate_out.dtype)
-            y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), u.shape[-1], dtype=dtype)
+            y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), length, dtype=dtype)
             blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
             for at, v, c, *g in zip(count(step=features), *blocks, strict=False):
                 y[..., at : at + features, :] = filtered(v, c, start, n, g)
             return y
-    y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else spectrum(k, n)
+    y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else response(k, n)
     # in place, so that what comes next finds memory still in the caches
     y_f = y_f.mul_(k_f) if eager and k_f.ndim == 2 else y_f * k_f
-    y = torch.fft.irfft(y_f, n).narrow(-1, start, u.shape[-1])
+    y = irfft(y_f, n, norm="forward")[..., start : start + length]
     if y.dtype != u.dtype:
         y = y.to(u.dtype)
     if gate_out is None:
@@ -101,8 +107,8 @@ def reference_conv(
 ) -> Float[Tensor, "*d h l"]:  # fmt: skip
     """The usual composition, to compare with: both padded to 2l, multiplied, transformed back, cut; t < 2l."""
     n = 2 * u.shape[-1]
-    y_f = torch.fft.rfft(u.float(), n) * torch.fft.rfft(k.float(), n)
-    return torch.fft.irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
+    y_f = rfft(u.float(), n) * rfft(k.float(), n)
+    return irfft(y_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
 
 
 class Engine(Protocol):
@@ -124,7 +130,7 @@ class Fourier:
         return filtered(u, k, start, n, gates)
 
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-        into_u, into_k = gradients(spectrum(u, n), spectrum(k, n), grad, start, n)
+        into_u, into_k = gradients(spectrum(u, n), response(k, n), grad, start, n)
         return into_u[..., : u.shape[-1]], into_k[..., : k.shape[-1]]
 
 
@@ -132,11 +138,11 @@ FOURIER = Fourier()
 
 
 def gradients(u_f: Tensor, k_f: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    """Those of the n inputs and n taps that have these spectra, from that of the part that begins at `start`."""
+    """Those of the n inputs and n taps with these, from the gradient of the part that begins at `start`."""
     grad_f = spectrum(F.pad(grad, (start, n - start - grad.shape[-1])), n)
     into_u = (grad_f * k_f.conj_physical()).sum_to_size(u_f.shape)
     into_k = grad_f.conj_physical_().mul_(u_f).sum_to_size(k_f.shape).conj_physical_()
-    return torch.fft.irfft(into_u, n), torch.fft.irfft(into_k, n)
+    return irfft(into_u, n, norm="forward"), irfft(into_k, n)
 
 
 class LongConvolution(torch.autograd.Function):
@@ -171,10 +177,10 @@ class FourierConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, k: Tensor, start: int, n: int) -> Tensor:
-        u_f, k_f = spectrum(u, n), spectrum(k, n)
+        u_f, k_f = spectrum(u, n), response(k, n)
         ctx.save_for_backward(u_f, k_f)
         ctx.place, ctx.shapes = (start, n), ((u.shape[-1], u.dtype), (k.shape[-1], k.dtype))
-        return torch.fft.irfft(u_f * k_f, n)[..., start : start + u.shape[-1]].to(u.dtype)
+        return irfft(u_f * k_f, n, norm="forward")[..., start : start + u.shape[-1]].to(u.dtype)
 
     @staticmethod
     @once_differentiable
@@ -195,7 +201,7 @@ def long_conv(
     """
     n = n or fast_length(needed_length(u.shape[-1], k.shape[-1], start))
     engine = engine or FOURIER
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or u.is_meta:
+    if not torch.is_grad_enabled() or is_compiling() or u.is_meta:
         return filtered(u, k, start, n, gates) if engine is FOURIER else engine.convolve(u, k, start, n, gates)
     if isinstance(engine, Fourier) and u.device.type == "cpu":
         return gated(FourierConvolution.apply(gated(u, gates[0]), k, start, n), gates[1])
@@ -220,6 +226,6 @@ class Kept:
 
 def may_keep(module: nn.Module, x: Tensor) -> bool:
     """Whether something computed from the parameters may be kept: eval mode, no gradients, no graph being captured."""
-    if module.training or torch.compiler.is_compiling() or x.is_meta:
+    if module.training or is_compiling() or x.is_meta:
         return False
     return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))

@@ -25,7 +25,7 @@ from opsin.ops.spectral.fourier import (
     may_keep,
     needed_length,
     reference_conv,
-    spectrum,
+    response,
 )  # fmt: skip
 
 
@@ -75,13 +75,13 @@ class GlobalConvLayer(nn.Module):
         return two_sided(k) if self.bidirectional else k
 
     def convolve(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b c h l"]:
-        """k * u with all kernels; their spectrum is kept in eval mode without gradients."""
+        """k * u with all kernels; their response is kept in eval mode without gradients."""
         length = u.shape[-1]
         start = length - 1 if self.bidirectional else 0
         if not may_keep(self, u):
             return long_conv(u[:, None], self.taps(length), start)
         n = fast_length(needed_length(length, length + start, start))
-        k_f = self._kept(length, self._sources(), lambda: spectrum(self.taps(length), n))
+        k_f = self._kept(length, self._sources(), lambda: response(self.taps(length), n))
         return filtered(u[:, None], k_f, start, n)
 
     def _sources(self) -> list[Tensor]:
