@@ -7,7 +7,8 @@ sampling is measured once with every token staying, so that what it saves is not
 weights and tokens. Anchoring an image before its patch embedding, one cheap convolution, is measured for images in
 planes and for channels-last ones, and so are whole networks; `read and copied` is what one sum and one copy of these
 images add. Everything is timed twice: with an allocator that returns freed memory to the system, where every larger
-tensor may come as fresh pages, and with one that keeps it.
+tensor may come as fresh pages, and with one that keeps it; all of it in three processes, minutes apart, of which the
+middle one counts.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from opsin.compress import adaptive_token_sampler as ats
 from opsin.measure.evidence import machine
 from opsin.ops.attention.poly_anchor_vit import anchor
 from opsin.train.allocator import keep_freed_memory
-from turns import forward, ratio, timed
+from turns import Times, forward, middle, repeated, timed
 
 RESULTS = Path(__file__).parent / "results" / "added_cost.json"
 STAGES = [
@@ -91,11 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=201)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measured(options.rounds)
-    if keep_freed_memory():
-        rows = [{**row, "kept": kept["added"]} for row, kept in zip(rows, measured(options.rounds), strict=True)]
+    if options.one:
+        if options.one == "kept":
+            keep_freed_memory()
+        print(json.dumps(list(measured(options.rounds))))
+        return
+    runs = repeated([("returned",), ("kept",)] if keep_freed_memory() else [("returned",)])
+    rows = [compared(kind, layer, runs) for memory, kind, layer in runs if memory == "returned"]
     where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
     lines = ["| what | layer | ms | added | freed memory kept | read and copied |", "|" + " --- |" * 6]
@@ -113,21 +119,24 @@ def shown(share: list[float] | None) -> str:
     return f"{value:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
-def measured(rounds: int) -> list[dict[str, Any]]:
+def compared(kind: str, layer: str, runs: dict[tuple[Any, ...], list[Times]]) -> dict[str, Any]:
     """The layer's milliseconds, and the shares that are added, with their 95 % intervals."""
-    rows: list[dict[str, Any]] = []
+    found, kept = (runs.get((memory, kind, layer), [{}]) for memory in ("returned", "kept"))
+    ms = median(median(times["plain"]) for times in found)
+    row: dict[str, Any] = {"kind": kind, "layer": layer, "ms": round(ms, 3)}
+    for name, times, run in (("added", found, "wrapped"), ("kept", kept, "wrapped"), ("copied", found, "copied")):
+        if run in times[0]:
+            row[name] = [round(value - 1, 4) for value in middle(times, run, "plain")]
+    return row
+
+
+def measured(rounds: int) -> Iterator[tuple[tuple[str, str], Times]]:
+    """Kind and layer, and milliseconds of the layer alone, with what is added, and with a sum and a copy of images."""
     for kind, layer, x, plain, wrapped in pairs():
         runs = {"plain": forward(plain, x), "wrapped": forward(wrapped, x)}
         if x.ndim == 4 and x.shape[1] == 3:
             runs["copied"] = forward(lambda x, plain=plain: (x.sum(), plain(x.clone()))[1], x)
-        times = timed(runs, rounds)
-        row: dict[str, Any] = {"kind": kind, "layer": layer, "ms": round(median(times["plain"]), 3)}
-        for name, run in (("added", "wrapped"), ("copied", "copied")):
-            if run in times:
-                row[name] = [round(value - 1, 4) for value in ratio(times[run], times["plain"])]
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield (kind, layer), timed(runs, rounds)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """Candidates take turns in one process, on the same tensors; what counts is the ratio of the medians."""
 
+import json
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from itertools import permutations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import permutations, product
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Times = dict[str, list[float]]  # milliseconds of every candidate, round by round
 
 
 def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 5.0) -> dict[str, float]:
@@ -15,12 +21,12 @@ def medians(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds
     return {name: statistics.median(times) for name, times in timed(candidates, rounds, seconds).items()}
 
 
-def timed(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 5.0) -> dict[str, list[float]]:
+def timed(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 5.0) -> Times:
     """Milliseconds of each in every round, after one call of each that does not count, in a new order every round.
 
     Rounds stop, but not before the third, once all of them together took longer than `seconds`.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: Times = {name: [] for name in candidates}
     begin = time.perf_counter()
     for turn, order in zip(range(rounds + 1), orders(list(candidates))):
         for name in order:
@@ -33,6 +39,27 @@ def timed(candidates: Mapping[str, Callable[[], object]], rounds: int, seconds: 
         if turn >= 3 and time.perf_counter() - begin > seconds:
             break
     return times
+
+
+def repeated(parts: Iterable[tuple[str, ...]], processes: int = 3) -> dict[tuple[Any, ...], list[Times]]:
+    """Times of a benchmark's parts, each in processes of its own, between which all others have their turn.
+
+    A shared machine has slow phases, in which some microseconds of Python weigh more, and allocators change their ways
+    with what they have seen. The script is run as `... --one PART`, and its last line is a JSON list of (place, times).
+    """
+    found: dict[tuple[Any, ...], list[Times]] = {}
+    for turn, part in product(range(processes), list(parts)):
+        command = [sys.executable, *sys.argv, "--one", *part]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        for place, times in json.loads(output.splitlines()[-1]):
+            found.setdefault((*part, *place), []).append(times)
+        print(*part, f"process {turn + 1} of {processes}", flush=True)
+    return found
+
+
+def middle(runs: Sequence[Times], who: str, over: str) -> tuple[float, float, float]:
+    """The ratio and its interval in the process whose ratio is the median of all processes'."""
+    return sorted(ratio(times[who], times[over]) for times in runs)[len(runs) // 2]
 
 
 def ratio(times: list[float], over: list[float]) -> tuple[float, float, float]:

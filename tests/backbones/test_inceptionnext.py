@@ -1,10 +1,13 @@
 """InceptionNeXt's mixer, block order and head."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 import opsin
 from opsin.backbones.inceptionnext import MetaNeXtBlock
+from opsin.errors import BadInput
+from opsin.measure.cost import count_macs
 from opsin.ops.conv.inception_depthwise import InceptionDepthwiseConv
 
 
@@ -26,6 +29,42 @@ def test_mixer_equals_one_dense_kernel():
     mixer = InceptionDepthwiseConv(24)
     x = torch.randn(2, 24, 13, 9)
     assert (mixer(x) - mixer.reference(x)).abs().max() < 1e-5
+
+
+def test_on_few_pixels_the_branches_are_one_convolution_unless_somebody_would_miss_them(monkeypatch):
+    mixer, x, heard, calls = InceptionDepthwiseConv(24, square_size=13).eval(), torch.randn(2, 24, 9, 14), [], []
+    monkeypatch.setattr(F, "conv2d", lambda *given, run=F.conv2d, **how: calls.append(1) or run(*given, **how))
+
+    def convolutions(x: torch.Tensor = x) -> int:
+        with torch.no_grad():
+            expected = mixer.reference(x)
+            calls.clear()
+            assert torch.allclose(mixer(x), expected, atol=1e-5)
+        return len(calls)
+
+    assert convolutions() == 1
+    assert convolutions(x.repeat(1, 1, 20, 30)) == 3, "many pixels"
+    assert convolutions(x.to(memory_format=torch.channels_last)) == 3
+    mixer.dwconv_w.weight.data = torch.randn_like(mixer.dwconv_w.weight)
+    assert convolutions() == 1, "of the new weights"
+    handle = mixer.dwconv_h.register_forward_hook(lambda *_: heard.append(1))
+    assert convolutions() == 3 and heard == [1]
+    handle.remove()
+    assert mixer(x).requires_grad and count_macs(mixer, x) == 2 * 9 * 14 * 3 * (13**2 + 2 * 11)
+    mixer.dwconv_hw.padding_mode = "circular"
+    with torch.no_grad():
+        square = slice(15, 18)
+        assert torch.allclose(mixer(x.roll(3, 3))[:, square], mixer(x)[:, square].roll(3, 3), atol=1e-5)
+        mixer.dwconv_h = torch.nn.Sequential(mixer.dwconv_h, torch.nn.ReLU())
+        assert (mixer(x)[:, 21:] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [dict(band_size=4), dict(square_size=2), dict(branch_ratio=0.01), dict(branch_ratio=0.5)]
+)
+def test_mixer_refuses(options):
+    with pytest.raises(BadInput, match=r"odd|branches"):
+        InceptionDepthwiseConv(16, **options)
 
 
 def test_norm_follows_the_mixer():

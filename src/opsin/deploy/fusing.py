@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from opsin.layers.readers import sole_readers
+from opsin.layers.readers import quiet, sole_readers
 
 NORMS: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 
@@ -61,18 +61,13 @@ def _fold_norms(model: nn.Module) -> None:
             model.set_submodule(norm_name, nn.Identity())
 
 
-def _quiet(module: nn.Module) -> bool:
-    """Nobody listens to this module, and its forward is that of its class."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _is_layer(module: nn.Module) -> bool:
-    return next(module.children(), None) is None and _quiet(module)
+    return next(module.children(), None) is None and quiet(module)
 
 
 def _is_conv(module: nn.Module) -> bool:
-    return type(module) in NORMS and _quiet(module)
+    return type(module) in NORMS and quiet(module)
 
 
 def _is_norm(module: Any) -> bool:
-    return type(module) in NORMS.values() and module.running_mean is not None and _quiet(module)
+    return type(module) in NORMS.values() and module.running_mean is not None and quiet(module)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.layers.readers import sole_readers
+from opsin.layers.readers import quiet, sole_readers
 
 CONVS: dict[type, Any] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.ConvTranspose1d: F.conv_transpose1d,
@@ -80,17 +80,12 @@ def _function(conv: nn.Module) -> Any:
     return None
 
 
-def _plain(module: nn.Module) -> bool:
-    """Nobody listens to this module, and its forward is that of its class."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _is_conv(module: nn.Module) -> bool:
-    return _function(module) is not None and _plain(module)
+    return _function(module) is not None and quiet(module)
 
 
 def _is_norm(module: Any) -> bool:
-    return type(module) in NORMS and module.running_mean is not None and _plain(module)
+    return type(module) in NORMS and module.running_mean is not None and quiet(module)
 
 
 def conv_norm_pairs(model: nn.Module) -> list[tuple[str, str]]:

@@ -4,12 +4,12 @@ A tensor counts how often it was written in place, but an optimizer that does it
 writes without counting. So every step of any optimizer counts too.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _steps = 0
@@ -51,6 +51,29 @@ class Source:
             t.data_ptr() == then.data_ptr() and _written(t) == state
             for t, (then, state) in zip(now, self.seen, strict=True)
         )
+
+
+class Kept:
+    """What was computed from tensors, for as long as they stay as they are."""
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.value: Any = None
+        self.source = Source()
+
+    def __call__(self, key: object, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        if key != self.key or not self.source.is_still(tensors):
+            with torch.inference_mode(False), torch.no_grad():
+                self.key, self.value = key, make()
+            self.source = Source(tensors)
+        return self.value
+
+
+def may_keep(module: nn.Module, x: Tensor) -> bool:
+    """Whether something computed from the parameters may be kept: eval mode, no gradients, no graph being captured."""
+    if module.training or torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:

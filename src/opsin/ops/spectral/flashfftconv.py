@@ -23,18 +23,17 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
+from opsin.layers.kept import Kept, may_keep
 from opsin.ops.kernels import kernel_wanted, require_kernel
 from opsin.ops.spectral.fourier import (
     FOURIER,
     Engine,
     Gates,
-    Kept,
     computing,
     fast_length,
     filtered,
     gated,
     long_conv,
-    may_keep,
     needed_length,
     reference_conv,
     response,

@@ -11,7 +11,6 @@ the input; on accelerators backward computes them again instead of keeping them,
 section 3.1) does. On a CPU, where that would cost two of eight transforms, it keeps them.
 """
 
-from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count, repeat
 from math import prod
@@ -19,13 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Complex, Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.fft import irfft, rfft
 from torch.nn import functional as F
-
-from opsin.layers.kept import Source
 
 Gates = tuple[Tensor | None, Tensor | None]
 BLOCK = 2**22  # bytes of padded float32 signals that one thread of a CPU transforms at once
@@ -206,26 +203,3 @@ def long_conv(
     if isinstance(engine, Fourier) and u.device.type == "cpu":
         return gated(FourierConvolution.apply(gated(u, gates[0]), k, start, n), gates[1])
     return LongConvolution.apply(u, k, *gates, start, n, engine)
-
-
-class Kept:
-    """What was computed from tensors, for as long as they stay as they are."""
-
-    def __init__(self) -> None:
-        self.key: object = None
-        self.value: Any = None
-        self.source = Source()
-
-    def __call__(self, key: object, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        if key != self.key or not self.source.is_still(tensors):
-            with torch.inference_mode(False), torch.no_grad():
-                self.key, self.value = key, make()
-            self.source = Source(tensors)
-        return self.value
-
-
-def may_keep(module: nn.Module, x: Tensor) -> bool:
-    """Whether something computed from the parameters may be kept: eval mode, no gradients, no graph being captured."""
-    if module.training or is_compiling() or x.is_meta:
-        return False
-    return not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
+from opsin.layers.kept import Kept, may_keep
 from opsin.ops.spectral.fourier import (
-    Kept,
     fast_length,
     filtered,
     long_conv,
-    may_keep,
     needed_length,
     reference_conv,
     response,
