@@ -12,9 +12,10 @@ import opsin
 from opsin.compress import Budget
 from opsin.compress import activate_while_pruning as module
 from opsin.compress.activate_while_pruning import ActivateWhilePruning, sample, small_moving_negative, weights_within
-from opsin.compress.dead_neurons import dead_rates, unreachable
+from opsin.compress.dead_neurons import dead_rates, unreachable, zeros_of
 from opsin.compress.importance import gradient, importance_of, lamp, least, lookahead, magnitude, prunable, synflow
-from opsin.compress.measured import measured
+from opsin.compress.measured import accuracy, measured
+from opsin.compress.quantiser import QuantisedLayer
 from opsin.compress.sparse import SparseLayer
 from opsin.data import Data
 from opsin.data.splits import Arrays
@@ -72,6 +73,26 @@ def test_a_unit_behind_units_without_weights_is_static_if_it_is_dead_at_all():
     with torch.no_grad():
         net[3].bias[1] = -0.5
     assert dead_rates(net, X).static == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("pack", [SparseLayer, lambda layer, mask: QuantisedLayer(layer, 8)], ids=["sparse", "codes"])
+def test_the_meter_does_not_mind_how_weights_are_stored(pack):
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 3, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(6, 8, 3, padding="same", bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128, 9), nn.ReLU(),
+    )  # fmt: skip
+    packed, state = nn.Sequential(*net), torch.get_rng_state()
+    for i in (0, 2, 5):
+        mask = (torch.rand_like(net[i].weight) < 0.04).float()
+        packed[i] = pack(net[i], mask)
+        with torch.no_grad():
+            net[i].weight.copy_(packed[i].weight())
+    torch.set_rng_state(state)
+    images = torch.randn(20, 4, 8, 8)
+    assert torch.equal(packed(images), net(images))
+    state = torch.get_rng_state()
+    assert dead_rates(packed, images) == dead_rates(net, images)
+    assert torch.equal(torch.get_rng_state(), state), "measuring draws nothing"
 
 
 def test_the_meter_counts_maps_by_position_and_functional_relus():
@@ -249,6 +270,54 @@ def test_budgets_of_parameters_and_bytes_are_met_exactly():
     plain = tool(network(), data())
     density = plain.report.details["density"]
     assert sum(int(mask * n) for mask, n in zip(density.values(), (216, 576, 256))) == pytest.approx(105, abs=3)
+
+
+def test_the_rate_warms_up_in_steps_and_falls_by_epochs(monkeypatch):
+    rates = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Noted)
+    net = network()
+    ActivateWhilePruning(epochs=4, batch_size=24, lr=0.8, warmup=5).train(net, {}, {}, data(), 0)
+    expected = [0.16, 0.32, 0.48, 0.64, 0.08, 0.08, 0.008, 0.008]  # two steps an epoch; less from epochs 2 and 3 on
+    assert rates == [[pytest.approx(rate)] for rate in expected]
+    rates.clear()
+    ActivateWhilePruning(epochs=4, batch_size=24, lr=0.8).train(net, {}, {}, data(), 0)
+    assert rates[:4] == [[0.8]] * 4, "without warm-up"
+
+
+class There(nn.Module):
+    """A network on the meta device that notes where its images come from."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.note = seen.append  # a copy notes it there too
+        self.linear = nn.Linear(192, 2, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(x.device.type)
+        return self.linear(x.flatten(1)).relu()
+
+
+def test_images_and_labels_go_where_the_network_lies(monkeypatch):
+    seen: list[str] = []
+    asked: list[str] = []
+    net = There(seen)
+    with pytest.raises(RuntimeError, match="item"):  # which meta tensors do not have, after all else has worked
+        accuracy(net, data())
+    measured(net, torch.rand(1, 3, 8, 8))
+    assert zeros_of(net, torch.rand(2, 3, 8, 8)).is_meta and set(seen) == {"meta"}
+    monkeypatch.setattr(module, "accuracy", lambda *_: None)
+    monkeypatch.setattr(module, "sample", lambda d, n, device: asked.append(device.type) or sample(d, n, device))
+    seen.clear()
+    with pytest.raises(RuntimeError, match="item"):
+        ActivateWhilePruning(epochs=1)(net, data())
+    assert set(seen) == {"meta"} and asked == ["meta", "meta"]
+    assert all(part.is_meta for part in sample(data(), 3, "meta"))
 
 
 def test_complaints_are_sentences():

@@ -95,6 +95,18 @@ def test_a_point_halfway_between_two_tokens_takes_the_lower_one():
     assert kept(inverse_transform, scores, 4) == [[1, 3, 5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in C++, where there is a compiler, and in PyTorch
+def test_a_filling_is_never_chosen_even_where_all_scores_are_zero(dtype):
+    for exists in ([True] * 3 + [False] * 2, [False] * 2 + [True] * 3, [False, True, False, True, True]):
+        exists = torch.tensor([exists])
+        here = exists[0].nonzero().flatten().tolist()
+        alone = kept(inverse_transform, torch.zeros(1, 3, dtype=dtype), 8)[0]
+        padded = kept(inverse_transform, torch.zeros(1, 5, dtype=dtype), 8, exists)[0]
+        assert alone and padded == [here[i] for i in alone]
+    nobody = torch.zeros(1, 5, dtype=torch.bool)
+    assert kept(inverse_transform, torch.zeros(1, 5, dtype=dtype), 8, nobody) == [[]]
+
+
 def test_many_fillings_cost_no_precision():
     alone = normalised(torch.rand(64, 40).pow(4))
     exists = torch.tensor([[False] * 4000 + [True] * 40]).expand(64, -1)
@@ -252,6 +264,31 @@ def test_the_largest_number_within_the_budget():
     assert isinstance(model[1], VisionTransformer), "the original stays"
 
 
+@pytest.mark.parametrize(("tokens", "share"), [(1.0, None), (1.0, 0.5), (0.6, None), ([20, 12, 16, 9], None)])
+def test_a_saved_file_costs_what_the_report_says(tokens, share, tmp_path):
+    vit = network().float()
+    plain = count_macs(vit, images(1).float())
+    budget = Budget(macs=share and int(share * plain))
+    result = AdaptiveTokenSampler(first=1, tokens=tokens)(vit, data(), budget)
+    program = nn.Module()
+    program.forward = torch.export.load(result.save(tmp_path / "m.pt2")).module().forward
+    found = count_macs(program, result.example)
+    assert result.report.details["exported_macs"] == found > result.report.after["macs"]
+    assert (found == plain) == (tokens == 1.0 and share is None), "K = N saves nothing there"
+
+
+def test_images_go_where_the_network_lies():
+    """On the meta device, where the first block that samples fails for want of values."""
+    seen = []
+    entrance = nn.Identity()
+    entrance.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
+    model = nn.Sequential(entrance, network().float()).to("meta")
+    unlabelled = Data("waves", "images", data().splits, (), 3, (20, 20))
+    with pytest.raises(RuntimeError):
+        AdaptiveTokenSampler(first=1)(model, unlabelled)
+    assert len(seen) > 3 and set(seen) == {"meta"}
+
+
 def test_the_published_network():
     with torch.device("meta"):
         vit = opsin.create("vit_small_patch16_224")
@@ -270,6 +307,10 @@ def vars_of(sampler: AdaptiveTokenSampler) -> dict[str, object]:
         (lambda: SampledViT(network(global_pool="avg"), 1), "class token"),
         (lambda: SampledViT(network(), 5), "names no block"),
         (lambda: SampledViT(network(), choice="best"), "the choices are"),
+        *((lambda k=k: SampledViT(network(), 1, k), "int of at least 1") for k in (20.0, 2.0, 0.0, -0.5, 0, -3, "all")),
+        (lambda: SampledViT(network(), 1, [12, 12, 1.5, 12]), "tokens=1.5 is no"),
+        (lambda: SampledViT(network(), 1, [12, 12]), "2 numbers for 4 sampled blocks"),
+        (lambda: AdaptiveTokenSampler(tokens=20.0)(network().float(), data()), "int of at least 1"),
         (lambda: AdaptiveTokenSampler()(nn.Linear(3, 3), data()), "0 plain ViTs"),
         (lambda: AdaptiveTokenSampler()(network(), None, Budget(macs=1)), "pass data"),
         (lambda: AdaptiveTokenSampler()(network()), "input_size"),

@@ -115,6 +115,15 @@ def check_saved_model_needs_no_compressor(compressor, path) -> None:
     loaded = torch.export.load(result.save(path)).module()
     x = images(1)[0]
     assert torch.allclose(loaded(x), result.model(x), atol=1e-6)
+    check_file_costs_what_is_reported(loaded, result)
+
+
+def check_file_costs_what_is_reported(loaded, result) -> None:
+    """A report whose model costs something else once it is exported says what, as `exported_macs`."""
+    shell = nn.Module()
+    shell.forward = loaded.forward
+    reported = result.report.details.get("exported_macs", result.report.after["macs"])
+    assert count_macs(shell, result.example) == reported, "the file's MACs are not those of the report"
 
 
 CHECKS = [check_budget_is_met_as_measured, check_accuracy_drop_is_reported, check_original_is_left_alone]
@@ -186,6 +195,24 @@ class Dropout(Promises):
         return super().__call__(Noisy(), data, budget)
 
 
-def test_a_model_that_reloads_as_another_is_caught(tmp_path):
-    with pytest.raises(AssertionError):
-        check_saved_model_needs_no_compressor(Dropout(), tmp_path / "m.pt2")
+class DropsInEager(Promises):
+    """Half of the work is skipped, but not in an exported graph."""
+
+    def __call__(self, model, data, budget):
+        class Halved(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(144, 2)
+
+            def forward(self, x):
+                parts = x.flatten(2).unbind(1)
+                used = parts if torch.compiler.is_compiling() else parts[:1]
+                return torch.stack([self.linear(part) for part in used], 1)[:, 0]
+
+        return super().__call__(Halved(), data, budget)
+
+
+@pytest.mark.parametrize(("broken", "message"), [(Dropout(), "allclose"), (DropsInEager(), "the file's MACs")])
+def test_a_model_that_reloads_as_another_is_caught(broken, message, tmp_path):
+    with pytest.raises(AssertionError, match=message):
+        check_saved_model_needs_no_compressor(broken, tmp_path / "m.pt2")

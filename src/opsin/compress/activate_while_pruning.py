@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from opsin.compress import Budget, Compressed, Report
 from opsin.compress.dead_neurons import dead_rates
 from opsin.compress.importance import Batch, importance_of, least, prunable
-from opsin.compress.measured import accuracy, measured
+from opsin.compress.measured import accuracy, device_of, measured
 from opsin.compress.quantiser import weight_of
 from opsin.compress.sparse import SparseLayer, place_bytes
 from opsin.data import Data
@@ -77,7 +77,7 @@ class ActivateWhilePruning:
         """A pruned copy, trained. Raises BadInput: no labelled data, or a budget that pruning cannot meet."""
         if data is None or data.task != "classify":
             raise BadInput("pruning by rounds of training needs labelled images; pass a classification data set")
-        example = torch.stack([data.train[0][0]])
+        example = sample(data, 1, device_of(model))[0]
         model = deepcopy(model).eval().requires_grad_(True)
         before, score_before = measured(model, example), accuracy(model, data)
         masks, rounds = self.prune(model, data, weights_within(budget, model, before, self.sparsity))
@@ -99,7 +99,7 @@ class ActivateWhilePruning:
         first = deepcopy(model.state_dict())
         layers = prunable(model)
         masks = {name: torch.ones_like(weight_of(layer)) for name, layer in layers.items()}
-        batch = sample(data, SAMPLES)
+        batch = sample(data, SAMPLES, device_of(model))
         rounds: list[dict[str, Any]] = []
         while True:
             model.load_state_dict(first)
@@ -146,7 +146,7 @@ class ActivateWhilePruning:
         step = 0
         for epoch in range(self.epochs):
             decay = 0.1 ** sum(epoch >= round(self.epochs * part) for part in (0.5, 0.64))
-            for images, labels in batches(data, self.batch_size):
+            for images, labels in batches(data, self.batch_size, device_of(model)):
                 step += 1
                 for group in optimiser.param_groups:
                     group["lr"] = self.lr * decay * min(1.0, step / max(self.warmup, 1))
@@ -161,15 +161,20 @@ class ActivateWhilePruning:
         model.eval()
 
 
-def batches(data: Data, size: int) -> Iterator[Batch]:
+def batches(data: Data, size: int, device: torch.device | str) -> Iterator[Batch]:
     """One epoch over the training split in an order from torch's generator; no batch of one sample, for batch norms."""
     drop = len(data.train) % size == 1 and len(data.train) > 1
-    return iter(DataLoader(data.train, size, shuffle=True, drop_last=drop, collate_fn=collate("classify")))  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        data.train, size, shuffle=True, drop_last=drop, collate_fn=collate("classify")  # type: ignore[arg-type]
+    )  # fmt: skip
+    for images, labels in loader:
+        yield images.to(device), labels.to(device)
 
 
-def sample(data: Data, count: int) -> Batch:
+def sample(data: Data, count: int, device: torch.device | str = "cpu") -> Batch:
     """The first images of the training split."""
-    return collate("classify")([data.train[i] for i in range(min(count, len(data.train)))])
+    images, labels = collate("classify")([data.train[i] for i in range(min(count, len(data.train)))])
+    return images.to(device), labels.to(device)
 
 
 @torch.no_grad()

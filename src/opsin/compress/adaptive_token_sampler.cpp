@@ -44,19 +44,20 @@ void significance(const float* q, const float* k, const float* v, const bool* ex
     }
 }
 
-// With the same roundings as there; of equal scores the first comes first.
+// With the same roundings as there; of equal scores the first comes first, and before all what does not exist.
 void inverse_transform(const float* scores, const bool* exists, bool* chosen, long n, long patches, long scores_stride,
                        long exists_stride, long tokens) {
     if (patches == 0) return;
     std::vector<long> order(patches);
-    std::vector<float> total(patches);
+    std::vector<float> key(patches), total(patches);
     for (long i = 0; i < n; ++i, scores += scores_stride, exists += exists_stride, chosen += patches) {
+        for (long j = 0; j < patches; ++j) key[j] = exists[j] ? scores[j] : -1.0f;
         std::iota(order.begin(), order.end(), 0);
-        std::stable_sort(order.begin(), order.end(), [=](long a, long b) { return scores[a] < scores[b]; });
+        std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return key[a] < key[b]; });
         double sum = 0.0;
         float least = INFINITY;
         for (long j = 0; j < patches; ++j) {
-            total[j] = sum += scores[order[j]];
+            total[j] = sum += std::max(key[order[j]], 0.0f);
             if (exists[j]) least = std::min(least, scores[j]);
         }
         const float most = total[patches - 1];
@@ -65,8 +66,10 @@ void inverse_transform(const float* scores, const bool* exists, bool* chosen, lo
         const float span = std::max(most - start, FLT_MIN);
         float before = -1.0f;
         for (long j = 0; j < patches; ++j) {
-            const float midway = j + 1 < patches ? (total[j + 1] + total[j]) / 2 : 0.0f;
-            const float passed = j + 1 < patches ? std::floor((midway - start) / span * (tokens - 2)) : INFINITY;
+            const bool last = j + 1 == patches;
+            const float midway = last ? 0.0f : (total[j + 1] + total[j]) / 2;
+            const float point = last ? INFINITY : std::floor((midway - start) / span * (tokens - 2));
+            const float passed = exists[order[j]] ? point : -1.0f;
             chosen[order[j]] = passed > before;
             before = std::max(before, passed);
         }

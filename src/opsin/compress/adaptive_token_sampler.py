@@ -19,6 +19,7 @@ too, which then moves the first point for all images but the longest.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 
 from opsin.backbones.vit import Block, VisionTransformer, interpolate_positions
 from opsin.compress import Budget, Compressed, Report
-from opsin.compress.measured import accuracy, measured
+from opsin.compress.measured import accuracy, device_of, measured
 from opsin.data import Data
 from opsin.errors import BadInput
 from opsin.layers.tokens import addresses, at
@@ -59,15 +60,17 @@ def inverse_transform(
         places = scores.data_ptr(), exists.data_ptr(), chosen.data_ptr()
         run(*places, *scores.shape, scores.stride(0), exists.stride(0), tokens)
         return chosen
-    ordered, order = scores.sort(1)  # what does not exist comes first and adds nothing
-    total = ordered.cumsum(1)
+    ordered, order = scores.masked_fill(~exists, -1.0).sort(1)  # what does not exist comes first and adds nothing
+    absent, total = ordered < 0, ordered.clamp_min(0).cumsum(1)
     least, most = scores.masked_fill(~exists, torch.inf).amin(1, keepdim=True), total[:, -1:]
     start = total.masked_fill(total <= least, torch.inf).amin(1, keepdim=True).minimum(most)
     midway = (total[:, 1:] + total[:, :-1]) / 2
     share = (midway - start) / (most - start).clamp_min(torch.finfo(total.dtype).tiny)
     passed = (share * (tokens - 2)).floor()  # the last point's number, below 0 where there is none yet
+    passed = passed.masked_fill(absent[:, :-1], -1.0)
     between = passed[:, 1:] > passed[:, :-1].clamp_min(-1)
-    chosen = torch.cat((passed[:, :1] >= 0, between, most >= start), 1)  # the last point is the last token
+    highest = (most >= start) & ~absent[:, -1:]  # the last point is the last token
+    chosen = torch.cat((passed[:, :1] >= 0, between, highest), 1)
     return torch.empty_like(exists).scatter_(1, order, chosen)
 
 
@@ -113,13 +116,14 @@ def significance(
 class SampledViT(nn.Module):
     """A ViT whose blocks from `first` on drop tokens: images to logits, as before. Its weights are under `vit`.
 
-    In a compiled or exported graph, whose shapes are fixed, tokens are masked instead of dropped, with the same logits.
+    In a compiled or exported graph, whose shapes are fixed, every block is as long as its K whatever the image keeps:
+    the rest is masked, the logits are the same, and each image costs as much as one that keeps K tokens.
 
     Args:
-        tokens: K, at most the tokens of the image and at least 8; as a float up to 1.0 the share of them; or one number
-            for each of the sampled blocks.
+        tokens: K, at most the tokens of the image and at least 8; as a float up to 1.0 the share of them; or a list of
+            one number for each of the sampled blocks.
         choice: "inverse_transform", or the baselines "top_k" and "random". score: with the values' lengths or without.
-    Raises BadInput: no class token at the end, biases of attention, or options that do not exist.
+    Raises BadInput: no class token at the end, biases of attention, options that do not exist, or such a K.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class SampledViT(nn.Module):
                            "the scores attention_value and attention")  # fmt: skip
         if not 0 <= first < len(vit.blocks):
             raise BadInput(f"first={first} names no block; this ViT has the blocks 0 to {len(vit.blocks) - 1}")
+        check_tokens(tokens, len(vit.blocks) - first)
         self.vit, self.first, self.tokens, self.choice, self.score = vit, first, tokens, choice, score
         self.num_classes, self.num_features = vit.num_classes, vit.num_features
 
@@ -185,6 +190,19 @@ class SampledViT(nn.Module):
         if torch.compiler.is_compiling():
             return min(tokens, keep.shape[1])
         return int(keep.sum(1).max())
+
+
+def check_tokens(tokens: float | list[int], blocks: int) -> None:
+    """Raises BadInput where K is no number of tokens, no share, and no list of one for each of the sampled blocks."""
+    numbers = tokens if isinstance(tokens, list) else [tokens]
+    if isinstance(tokens, list) and len(tokens) != blocks:
+        raise BadInput(f"tokens={tokens} has {len(tokens)} numbers for {blocks} sampled blocks; pass one for each, or "
+                       "a single number for all")  # fmt: skip
+    for number in numbers:
+        share, count = isinstance(number, float) and 0 < number <= 1, isinstance(number, int) and number >= 1
+        if not share and not count:
+            raise BadInput(f"tokens={number} is no number of tokens and no share of them; pass an int of at least 1, "
+                           "or a float above 0 and up to 1.0")  # fmt: skip
 
 
 def blocks_of(vit: VisionTransformer) -> list[Block]:
@@ -243,13 +261,22 @@ def trace(sampled: SampledViT, images: Float[Tensor, "n k h w"], plain: int) -> 
     return Trace(counts, plain - saved_macs(sampled.vit, first_tokens(sampled.vit, images[:1]).shape[1], counts))
 
 
+def exported_macs(sampled: SampledViT, images: Float[Tensor, "n k h w"], plain: int) -> int:
+    """Multiply-accumulates of every image in an exported file, whose shapes are fixed: each block as long as its K."""
+    start = first_tokens(sampled.vit, images[:1]).shape[1]
+    limits = [sampled.limit(start, number) for number in range(len(blocks_of(sampled.vit)) - sampled.first)]
+    widths = torch.tensor([list(accumulate(limits, min))], dtype=torch.double)
+    return plain - int(saved_macs(sampled.vit, start, widths))
+
+
 @dataclass
 class AdaptiveTokenSampler:
     """Puts sampling into the ViT inside a model, with the largest K that meets the budget of MACs.
 
     The budget holds for the mean over up to 64 validation images, and for the report's example, the image nearest to
     that mean among those below it, on which params, macs and latency are measured as of any model. Details of the
-    report: K, mean and deviation of the MACs, and of the tokens kept per sampled block.
+    report: K, mean and deviation of the MACs, and of the tokens kept per sampled block. A saved or exported file has
+    fixed shapes and costs every image `exported_macs`, which may exceed the budget.
 
     Args:
         first: the first block that samples. tokens: K where the budget says nothing, in tokens or as a share.
@@ -266,7 +293,7 @@ class AdaptiveTokenSampler:
     def __call__(self, model: nn.Module, data: Data | None = None, budget: Budget = Budget()) -> Compressed:  # noqa: B008
         """A copy that samples. Raises BadInput: no plain ViT inside, no images for a budget, or one beyond reach."""
         place_of_vit(model)
-        images = self._images(data, budget)
+        images = self._images(data, budget).to(device_of(model))
         model = deepcopy(model).eval()
         before, score_before = measured(model, images[:1]), accuracy(model, data)
         model, sampled = insert(model, self.first, self.tokens, self.choice, self.score)
@@ -278,8 +305,8 @@ class AdaptiveTokenSampler:
         example = images[int((below - found.macs.mean()).abs().argmin())][None]
         details = {
             "tokens": sampled.tokens, "first": self.first, "macs_mean": float(found.macs.mean()),
-            "macs_std": float(found.macs.std(correction=0)), "kept_mean": found.counts.mean(0).tolist(),
-            "kept_std": found.counts.std(0, correction=0).tolist(),
+            "macs_std": float(found.macs.std(correction=0)), "exported_macs": exported_macs(sampled, inner, plain),
+            "kept_mean": found.counts.mean(0).tolist(), "kept_std": found.counts.std(0, correction=0).tolist(),
         }  # fmt: skip
         report = Report(before, measured(model, example), budget, score_before, accuracy(model, data), details)
         if not report.met:

@@ -7,7 +7,9 @@ A unit is a ReLU's output at one channel and position. For an input it is dead i
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsin.compress.importance import path_network, prunable
-from opsin.compress.quantiser import weight_of
+from opsin.compress.measured import device_of
+from opsin.compress.quantiser import CONVOLUTIONS, PackedLayer, weight_of
 from opsin.errors import BadInput
 
 aten = torch.ops.aten
@@ -50,15 +53,37 @@ class _Relus(TorchDispatchMode):
 def zeros_of(model: nn.Module, images: Tensor) -> Bool[Tensor, "n units"]:
     """Which ReLU units are 0 for each input, in the order in which they run. Raises BadInput without any ReLU."""
     with torch.no_grad(), _Relus() as seen:
-        model(images)
+        model(images.to(device_of(model)))
     if not seen.zeros:
         raise BadInput("the network applies no ReLU, so there are no dead ones to count")
     return torch.cat(seen.zeros, 1)
 
 
+def unpacked(model: nn.Module) -> nn.Module:
+    """A copy in which every layer that packs its weights, such as a sparse one, is PyTorch's own, without a bias."""
+    net = deepcopy(model)
+    for name, module in tuple(net.named_modules()):
+        if name and isinstance(module, PackedLayer):
+            net.set_submodule(name, plain(module))
+    return net
+
+
+def plain(layer: PackedLayer) -> nn.Module:
+    """The convolution or linear layer that was packed, without a bias."""
+    weight = layer.weight().detach()
+    new: nn.Module = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+    if isinstance(layer.compute, partial):
+        geometry = layer.compute.keywords
+        kind = next(kind for kind, function in CONVOLUTIONS.items() if function is layer.compute.func)
+        inputs = weight.shape[1] * geometry["groups"]
+        new = kind(inputs, len(weight), weight.shape[2:], bias=False, device="meta", **geometry)
+    new.weight = nn.Parameter(weight)
+    return new
+
+
 def unreachable(model: nn.Module, example: Float[Tensor, "1 c h w"]) -> Bool[Tensor, " units"]:
     """Units to which no path of non-zero weights leads. Averages instead of sums keep deep networks in range."""
-    weights = {}
+    model, weights = unpacked(model), {}
     for name, layer in prunable(model).items():
         alive = (weight_of(layer).detach() != 0).double()
         fan = alive.flatten(1).sum(1).clamp_min(1)

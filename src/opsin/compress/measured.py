@@ -12,6 +12,11 @@ from opsin.measure.latency import latency
 from opsin.tasks.outputs import scores
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network lies."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def weight_bits(model: nn.Module) -> float:
     """Stored bits per weight, averaged over the weights of all convolutions and linear layers."""
     bits = weights = 0
@@ -31,6 +36,7 @@ def weight_bits(model: nn.Module) -> float:
 
 def measured(model: nn.Module, example: Float[Tensor, "1 c h w"]) -> dict[str, float]:
     """params, macs, bytes, bits and latency_ms of a model, by the names of `Budget`."""
+    example = example.to(device_of(model))
     stored = [*model.parameters(), *(b for b in model.buffers())]
     quantised = [m for m in model.modules() if isinstance(m, QuantisedLayer)]
     params = sum(p.numel() for p in model.parameters()) + sum(torch.Size(m.shape).numel() for m in quantised)
@@ -48,13 +54,13 @@ def accuracy(model: nn.Module, data: Data | None, limit: int = 2000) -> float | 
     """Share of right answers on up to `limit` validation images; None without labelled data."""
     if data is None or data.task != "classify":
         return None
-    was_training = model.training
+    was_training, device = model.training, device_of(model)
     model.eval()
     right = count = 0
     for start in range(0, min(limit, len(data.val)), 100):
         pairs = [data.val[i] for i in range(start, min(start + 100, limit, len(data.val)))]
-        labels = torch.tensor([label for _, label in pairs])
-        right += int((scores(model, torch.stack([x for x, _ in pairs])).argmax(1) == labels).sum())
+        images, labels = torch.stack([x for x, _ in pairs]), torch.tensor([label for _, label in pairs])
+        right += int((scores(model, images.to(device)).argmax(1) == labels.to(device)).sum())
         count += len(pairs)
     model.train(was_training)
     return right / max(count, 1)
