@@ -1,6 +1,7 @@
 """Neighborhood attention: NATTEN's numbers, one rule written twice, three implementations, and what they cost."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -227,6 +228,18 @@ def test_complaints_are_sentences():
         NeighborhoodAttention(32, kernel_size=(3, 3, 3))
     with pytest.raises(BadInput, match="does not divide"):
         SelfAttention(32, num_heads=5)
+    for options in (dict(num_heads=0), dict(kernel_size=0), dict(kernel_size=(3, -1)), dict(dilation=0)):
+        name, value = next(iter(options.items()))
+        with pytest.raises(BadInput, match=re.escape(f"{name}={value} ")):
+            NeighborhoodAttention(32, **options)
+    with pytest.raises(UnknownName, match="did you mean block"):
+        NeighborhoodAttention(32, backend="blok")
+
+
+def test_the_bias_starts_near_zero_and_not_at_it():
+    bias = NeighborhoodAttention(128, kernel_size=13, rel_pos_bias=True).rpb.detach()
+    assert bias.shape == (4, 25, 25)
+    assert float(bias.std()) == pytest.approx(0.02, rel=0.1) and abs(float(bias.mean())) < 0.002
 
 
 def test_small_maps_take_all_pairs():

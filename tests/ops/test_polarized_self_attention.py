@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import opsin
 from opsin.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from opsin.catalog import all_cards
 from opsin.errors import BadInput
 from opsin.measure.cost import count_macs
 from opsin.ops.attention.polarized_self_attention import PolarizedSelfAttention, insert_psa
@@ -89,7 +90,28 @@ def test_cost_is_linear_in_the_map_and_less_than_the_definition():
         op = PolarizedSelfAttention(64)
         costs = [count_macs(op, torch.empty(1, 64, side, side)) for side in (8, 16, 32)]
     assert costs[2] - costs[1] == 4 * (costs[1] - costs[0])
-    assert costs[2] == 3 * 64 * 32**2 + 2 * 64**2 < 2 * 64**2 * 32**2
+    assert costs[2] == 3 * 64 * 32**2 + 2 * 64**2
+
+
+@pytest.mark.parametrize(("layout", "softmax"), FORMS)
+def test_the_card_has_the_cost_of_every_form(layout, softmax):
+    facts = all_cards()["polarized_self_attention"].facts
+    name = "macs" if layout == "parallel" else "macs_sequential" + "_official" * (softmax == "official")
+    for c, h, w in ((64, 32, 32), (32, 5, 7)):
+        with torch.device("meta"):
+            op, x = PolarizedSelfAttention(c, layout, softmax), torch.empty(1, c, h, w)
+            definition = nn.Module()
+            definition.forward = op.reference
+            macs, plain = count_macs(op, x), count_macs(definition, x)
+        assert macs == eval(facts[name], {"N": h * w, "C": c}), (layout, softmax)
+        assert macs < 3 / 2 * h * w * c**2 < plain, "the definition projects every pixel three times to C / 2 channels"
+
+
+def test_the_four_projections_start_as_in_the_official_code():
+    op = PolarizedSelfAttention(512)
+    for conv in (op.conv_q_right, op.conv_v_right, op.conv_q_left, op.conv_v_left):
+        assert float(conv.weight.detach().std()) == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+    assert float(op.conv_up.weight.detach().std()) < 0.6 * (2 / 256) ** 0.5, "the last one keeps PyTorch's start"
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])

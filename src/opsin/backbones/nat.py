@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn, ones
 
 from opsin.backbones import Backbone, FeatureInfo
+from opsin.errors import BadInput
 from opsin.layers import DropPath, Mlp, drop_path_rates
+from opsin.ops.attention.heads import heads_of
 from opsin.ops.attention.neighborhood_attention import NeighborhoodAttention
 
 
@@ -106,8 +108,9 @@ class Level(nn.Module):
 class NAT(Backbone):
     """NAT for classification, or its pyramid at strides 4, 8, 16, 32. Any image of at least 32 pixels.
 
-    Args: dim of the first level, doubled by each next; heads have 32 channels; dilations per level and block, 1 where
-    left out; drop_path, the last block's rate.
+    Args: dim of the first level, doubled by each next; dilations per level and block, 1 where left out; drop_path, the
+    last block's rate. Heads have 32 channels, or about as many where these do not divide a level's (see `heads_of`).
+    Raises BadInput: dim below 32, or a window that is empty.
     """
 
     def __init__(
@@ -116,6 +119,8 @@ class NAT(Backbone):
         in_chans: int = 3, drop_path: float = 0.0,
     ):  # fmt: skip
         super().__init__()
+        if dim < 32:
+            raise BadInput(f"dim={dim} is less than one head, which has 32 channels; take at least 32")
         dims = [dim * 2**i for i in range(len(depths))]
         dilations = [[1] * depth for depth in depths] if dilations is None else dilations
         self.num_classes, self.num_features = num_classes, dims[-1]
@@ -124,7 +129,7 @@ class NAT(Backbone):
         self.levels = nn.ModuleList()
         for d, level_dilations, rates in zip(dims, dilations, drop_path_rates(drop_path, depths), strict=True):
             blocks = [
-                NATBlock(d, d // 32, kernel_size, dilation, mlp_ratio, rate, layer_scale)
+                NATBlock(d, heads_of(d), kernel_size, dilation, mlp_ratio, rate, layer_scale)
                 for dilation, rate in zip(level_dilations, rates, strict=True)
             ]
             self.levels.append(Level(blocks, ConvDownsampler(d) if d < dims[-1] else None))

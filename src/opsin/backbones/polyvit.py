@@ -39,6 +39,9 @@ class CircularPosition(nn.Module):
 class PolyViT(VisionTransformer):
     """ViT with exact invariance to circular shifts where the patch size divides the image; other sizes run too.
 
+    This is for logits and pooled features. The maps of `features` stay in the anchored frame, as in the paper: they are
+    moved by less than a patch, differently for each image, which a head for dense outputs does not undo.
+
     Args: as of VisionTransformer; positions do not depend on the image's size.
     """
 

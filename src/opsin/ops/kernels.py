@@ -1,9 +1,10 @@
 """When a Triton kernel runs. Kernels live in files of their own, `*_triton.py`, which alone import Triton."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
-from torch import Tensor, compiler
+from torch import Tensor, compiler, cuda
 
 from opsin.errors import BadInput
 
@@ -19,3 +20,8 @@ def require_kernel(x: Tensor) -> None:
         raise BadInput('backend="triton" needs the package triton; install it, or take backend="auto"')
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise BadInput('backend="triton" needs a CUDA tensor (or TRITON_INTERPRET=1 set from the start)')
+
+
+def launching_on(x: Tensor) -> AbstractContextManager[object]:
+    """Makes a CUDA tensor's device the current one, which is where Triton launches; nothing for other tensors."""
+    return cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from opsin.errors import BadInput
-from opsin.ops.attention.neighborhood import Backend, neighborhood_attention
+from opsin.errors import BadInput, UnknownName
+from opsin.ops.attention.heads import heads_of
+from opsin.ops.attention.neighborhood import BACKENDS, Backend, neighborhood_attention
 
 
 class NeighborhoodAttention(nn.Module):
@@ -21,11 +22,11 @@ class NeighborhoodAttention(nn.Module):
     Where the map is smaller than kernel * dilation, first the dilation and then the kernel shrink to what fits.
 
     Args:
-        num_heads: by default as many as make heads of 32 channels.
+        num_heads: by default of about 32 channels (see `heads_of`).
         kernel_size, dilation, causal: one value, or one per axis.
         axes: number of spatial axes; 2 is a picture.
         rel_pos_bias: learn a bias per head and relative position, 2k - 1 per axis.
-    Raises BadInput where the heads do not divide the channels.
+    Raises BadInput: heads that do not divide the channels, or a kernel or dilation below 1. UnknownName: the backend.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class NeighborhoodAttention(nn.Module):
         rel_pos_bias: bool = False, qkv_bias: bool = True, backend: Backend = "auto",
     ):  # fmt: skip
         super().__init__()
-        self.num_heads = max(1, dim // 32) if num_heads is None else num_heads
-        if dim % self.num_heads:
-            raise BadInput(f"num_heads={self.num_heads} does not divide the {dim} channels")
-        self.kernel_size, self.dilation = _per_axis(kernel_size, axes), _per_axis(dilation, axes)
+        if backend not in ("auto", *BACKENDS):
+            raise UnknownName("backend", backend, ("auto", *BACKENDS))
+        self.num_heads = heads_of(dim, num_heads)
+        self.kernel_size = _per_axis("kernel_size", kernel_size, axes)
+        self.dilation = _per_axis("dilation", dilation, axes)
         self.causal, self.backend = causal, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -82,8 +84,10 @@ class NeighborhoodAttention(nn.Module):
         return f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
-def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
+def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...]:
     values = (value,) * axes if isinstance(value, int) else tuple(value)
     if len(values) != axes:
-        raise BadInput(f"{values} names {len(values)} axes, but the operator has {axes}")
+        raise BadInput(f"{name}={values} names {len(values)} axes, but the operator has {axes}")
+    if any(v < 1 for v in values):
+        raise BadInput(f"{name}={value} is too small; take at least 1 on every axis")
     return values

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsin.errors import BadInput
+from opsin.ops.kernels import launching_on
 
 TILES = {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)}  # members per side of a box, by the number of axes; wide heads less
 LARGEST_HEAD = 256
@@ -301,7 +302,9 @@ class _Fused(torch.autograd.Function):
         lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
         table = lse if bias is None else bias.float().contiguous()
         launch = _Launch(axes, q, v, scale, bias is not None)
-        _forward[launch.grid](q, k, v, table, out, lse, *_strides(q, k, v, out), *launch.numbers(), **launch.options)
+        given, strides = (q, k, v, table, out, lse), _strides(q, k, v, out)
+        with launching_on(q):
+            _forward[launch.grid](*given, *strides, *launch.numbers(), **launch.options)
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.launch = launch
         return out
@@ -317,8 +320,9 @@ class _Fused(torch.autograd.Function):
         dtable = lse if bias is None else torch.zeros_like(table)
         given, inputs = (q, k, v, table, grad, lse, delta), _strides(q, k, v, grad)
         numbers = launch.numbers(unit=True)
-        _backward_queries[launch.grid](*given, dq, dtable, *inputs, *_strides(dq), *numbers, **launch.options)
-        _backward_keys[launch.grid](*given, dk, dv, *inputs, *_strides(dk, dv), *numbers, **launch.options)
+        with launching_on(q):
+            _backward_queries[launch.grid](*given, dq, dtable, *inputs, *_strides(dq), *numbers, **launch.options)
+            _backward_keys[launch.grid](*given, dk, dv, *inputs, *_strides(dk, dv), *numbers, **launch.options)
         return dq, dk, dv, None if bias is None else dtable.to(bias.dtype), None, None
 
 

@@ -14,7 +14,8 @@ logits (parallel) or the rows of W_v' x (sequential). Their sum over the pixels 
 every logit is near 0 and A_sp is 1/2 almost everywhere. `softmax="official"` is that, for its weights.
 
 Nothing is mixed before it is collapsed: W_v sum_p a_p x_p = sum_p a_p W_v x_p and g^T (W_v' x) = (W_v'^T g)^T x, so the
-cost falls from 2 N C^2 to 3 N C multiplications, with equal results. Names of parameters follow DeLightCMU/PSA.
+cost falls from 3/2 N C^2 to 3 N C multiplications, with equal results. Only the official sequential form, whose softmax
+is of the rows of W_v' x, has to make these: 1/2 N C^2. Names of parameters follow DeLightCMU/PSA.
 """
 
 from collections import OrderedDict

@@ -5,17 +5,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.errors import BadInput
+from opsin.ops.attention.heads import heads_of
 
 
 class SelfAttention(nn.Module):
-    """(N, C, H, W) -> the same; heads of 32 channels by default. Raises BadInput where heads do not divide channels."""
+    """(N, C, H, W) -> the same; by default heads of about 32 channels (see `heads_of`).
+
+    Raises BadInput where the heads do not divide the channels.
+    """
 
     def __init__(self, dim: int, num_heads: int | None = None, qkv_bias: bool = True):
         super().__init__()
-        self.num_heads = max(1, dim // 32) if num_heads is None else num_heads
-        if dim % self.num_heads:
-            raise BadInput(f"num_heads={self.num_heads} does not divide the {dim} channels")
+        self.num_heads = heads_of(dim, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         for layer in (self.qkv, self.proj):

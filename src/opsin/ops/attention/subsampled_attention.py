@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from opsin.errors import BadInput
 from opsin.layers import init_weights_
-from opsin.ops.attention.window_attention import heads_of
+from opsin.ops.attention.heads import heads_of
 
 
 class SubsampledAttention(nn.Module):
@@ -22,7 +22,7 @@ class SubsampledAttention(nn.Module):
     two ratios, the convolution moves by half of the side, so that there is still something to choose from.
 
     Args:
-        num_heads: by default as many as make heads of 32 channels.
+        num_heads: by default of about 32 channels (see `heads_of`).
         sr_ratio: tokens per side that become one key; 1 for attention to all tokens.
     Raises BadInput where the heads do not divide the channels, or the ratio is below 1.
     """

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from opsin.errors import BadInput
 from opsin.layers import init_weights_
 from opsin.layers.windows import merge, pad_to_windows, partition
+from opsin.ops.attention.heads import heads_of
 
 
 class WindowAttention(nn.Module):
     """(N, C, H, W) -> the same.
 
-    Args: num_heads, by default as many as make heads of 32 channels; window_size, tokens per side of a window.
+    Args: num_heads, by default of about 32 channels (see `heads_of`); window_size, tokens per side of a window.
     Raises BadInput where the heads do not divide the channels, or the window is empty.
     """
 
@@ -65,11 +66,3 @@ def short_attention(
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
-
-
-def heads_of(dim: int, num_heads: int | None) -> int:
-    """The number of heads, of 32 channels each by default. Raises BadInput where it does not divide the channels."""
-    heads = max(1, dim // 32) if num_heads is None else num_heads
-    if heads < 1 or dim % heads:
-        raise BadInput(f"num_heads={heads} does not divide the {dim} channels; take a divisor of {dim}")
-    return heads

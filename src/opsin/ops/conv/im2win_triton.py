@@ -11,6 +11,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from opsin.ops.kernels import launching_on
+
 BLOCK_M, BLOCK_P, BLOCK_K = 64, 64, 32
 
 
@@ -57,9 +59,10 @@ def window_product(
     out = torch.empty(n, count, height, out_width, device=windows.device, dtype=windows.dtype)
     positions = n * height * out_width
     grid = (triton.cdiv(positions, BLOCK_P), triton.cdiv(count, BLOCK_M))
-    _window_product[grid](
-        windows, filters, out if bias is None else bias, out, count, positions, channels * columns * taps, height,
-        out_width, *windows.stride()[:3], stride * taps, columns * taps,
-        WITH_BIAS=bias is not None, BLOCK_M=BLOCK_M, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_K, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with launching_on(windows):
+        _window_product[grid](
+            windows, filters, out if bias is None else bias, out, count, positions, channels * columns * taps, height,
+            out_width, *windows.stride()[:3], stride * taps, columns * taps,
+            WITH_BIAS=bias is not None, BLOCK_M=BLOCK_M, BLOCK_P=BLOCK_P, BLOCK_K=BLOCK_K, num_warps=4, num_stages=3,
+        )  # fmt: skip
     return out
