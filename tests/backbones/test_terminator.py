@@ -4,10 +4,21 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 import opsin
-from opsin.backbones.terminator import GroupStandardisation, HyperChannel, HyperInteraction, SFNEBlock, Terminator
+from opsin.backbones import terminator
+from opsin.backbones.terminator import (
+    LOCAL_SIZES,
+    GroupStandardisation,
+    HyperChannel,
+    HyperInteraction,
+    SFNEBlock,
+    Terminator,
+)
+from opsin.catalog import card_of
 from opsin.errors import BadInput
+from opsin.ops.gating.hyperzzw import standardise
 
 
 def small(**options: object) -> Terminator:
@@ -21,8 +32,19 @@ def test_widths_of_the_early_code():
     inputs = [block.bottleneck.in_channels // dim for block, dim in zip(net.blocks, (3, 12, 36, 72, 144), strict=True)]
     assert inputs == [10, 10, 11, 11, 12]
     assert [len(block.slow_global.linears) for block in net.blocks] == [3, 2, 2, 2, 2]
-    slow = sum(p.numel() for name, p in net.named_parameters() if "slow" in name)
-    assert slow < 0.25 * sum(p.numel() for p in net.parameters())
+
+
+def test_slow_networks_hold_the_share_that_the_card_says():
+    """Twice of what the paper reports, about 8 %."""
+    with torch.device("meta"):
+        nets = [opsin.create("terminator_cifar", num_classes=classes) for classes in (10, 100)]
+    shares = []
+    for net in nets:
+        slow = sum(p.numel() for name, p in net.named_parameters() if "slow" in name)
+        shares.append(100 * slow / sum(p.numel() for p in net.parameters()))
+    card = card_of("terminator").facts["slow_networks"]
+    assert f"measured: {shares[0]:.1f} % of the parameters" in card and f"{shares[1]:.1f} % with 100" in card
+    assert shares == pytest.approx([17.22, 16.86], abs=0.01)
 
 
 def test_groups_are_standardised_in_turn_over_the_batch_and_per_image():
@@ -54,10 +76,53 @@ def test_hyper_interactions():
     assert torch.allclose(interact(y, x), x * torch.sigmoid(places * interact.channel(y)), atol=1e-6)
 
 
-def test_every_block_sees_the_whole_image():
-    block, x = SFNEBlock(3, 4, 0, 2, 8, 0.0).eval(), torch.randn(1, 3, 8, 8, requires_grad=True)
-    block(x)[0, :, 3, 3].square().sum().backward()
-    assert (x.grad.abs().amax((0, 1)) > 0).all()
+def seen(blocks: int, side: int = 16) -> Tensor:
+    """Where on the image the features at the centre depend on it, after so many blocks."""
+    net = Terminator((4, 2)[:blocks], (0, 0)[:blocks], 5, 3, side).eval()
+    x = torch.randn(1, 3, side, side, requires_grad=True)
+    net.features(x)[-1][0, :, side // 2, side // 2].square().sum().backward()
+    return x.grad.abs().amax((0, 1)) > 0
+
+
+def test_products_see_row_and_column_in_one_block_and_the_whole_image_in_two(monkeypatch):
+    """Means, variances and scores of channels see everything alone, so they are held for this."""
+    assert seen(1).all()
+
+    def held(x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x.detach(), (2, 3), correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + 1e-5)
+
+    scores = HyperChannel.forward
+    monkeypatch.setattr(terminator, "standardise", held)
+    monkeypatch.setattr(HyperChannel, "forward", lambda self, x: scores(self, x.detach()))
+    expected = torch.zeros(16, 16, dtype=torch.bool)
+    expected[8], expected[:, 8], expected[4:13, 4:13] = True, True, True
+    assert torch.equal(seen(1), expected)
+    assert seen(2).all()
+
+
+@torch.no_grad()
+def test_the_branches_are_those_of_the_formulas():
+    block, x, past = SFNEBlock(3, 4, 1, 2, 6, 0.0).eval(), torch.randn(2, 3, 6, 6), torch.randn(2, 1, 6, 6)
+    pairs, joined = [], []
+    for branch in block.locals:
+        branch.register_forward_pre_hook(lambda module, inputs: pairs.append(inputs))
+    block.bottleneck.register_forward_pre_hook(lambda module, inputs: joined.extend(inputs))
+    block(x, [past])
+
+    weights = block.slow_global.generate((6, 6)) * x
+    fast = standardise(block.gate_context(weights) + block.gate(x))
+    mixed, gated = standardise(block.mixer(x)), standardise(x * torch.sigmoid(block.channel(x)))
+    y, y_mixed, y_gated = (torch.einsum("ncik,nckj->ncij", weights, features) for features in (fast, mixed, gated))
+    for found, expected in zip(pairs, ((x, gated), (gated, x), (mixed, x), (x, mixed)), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+    near = [branch(*pair) for branch, pair in zip(block.locals, list(pairs), strict=True)]
+    interaction = block.interact(y, x)
+    expected = (y, y_mixed, y_gated, y * torch.sigmoid(y), fast, interaction, *near, past.repeat(1, 3, 1, 1))
+    names = ("y", "mixed", "gated", "y sigmoid(y)", "fast", "interaction", *LOCAL_SIZES, "earlier")
+    for name, a, b in zip(names, joined[0].split(3, 1), expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-4), f"the branch {name} is another"
+    assert [branch.kernel_size for branch in block.locals] == list(LOCAL_SIZES)
 
 
 @torch.no_grad()
@@ -97,3 +162,25 @@ def test_another_resolution_and_another_batch():
     assert torch.equal(twin(x), net(x))
     with pytest.raises(BadInput, match="8x6 must be cropped to a square"):
         net(torch.randn(1, 3, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("factors", "earlier", "message"),
+    [
+        ((4, 2), (1, 1), "block 1 sees 0 to 0 earlier inputs, not 1"),
+        ((4, 2, 2), (0, 0, 3), "block 3 sees 0 to 2 earlier inputs, not 3"),
+        ((4, 2), (0, -1), "block 2 sees 0 to 1 earlier inputs, not -1"),
+        ((4, 2), (0,), "one number each for every block"),
+        ((), (), "at least one block"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(factors, earlier, message):
+    with pytest.raises(BadInput, match=message):
+        Terminator(factors, earlier)
+
+
+def test_one_block_has_no_slow_loss():
+    net = Terminator((4,), (0,), 5, 3, 8)
+    assert net(torch.randn(2, 3, 8, 8)).shape == (2, 5)
+    with pytest.raises(BadInput, match="has one; leave it out"):
+        net.slow_loss()

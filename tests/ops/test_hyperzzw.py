@@ -1,10 +1,15 @@
-"""HyperZZW: its two closed forms, context, linear cost, and resolutions."""
+"""HyperZZW: its two closed forms, context, precision, linear cost, and resolutions."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from opsin.catalog import card_of
 from opsin.errors import BadInput
+from opsin.layers.slow_net import SlowNet
 from opsin.measure.cost import count_macs
 from opsin.ops.gating.hyperzzw import HyperZZW, global_zzw, local_zzw, standardise, windowed_zzw
 
@@ -32,6 +37,44 @@ def test_weights_depend_on_the_image():
         z = standardise(x)
         assert torch.allclose(op(x), op(5 * x + 3), atol=1e-4), "contrast and brightness are standardised away"
         assert not torch.allclose(op(-x), -op(x), atol=1e-2), "it is not odd, let alone linear"
+
+
+def seen(op: Callable[[Tensor], Tensor], side: int) -> Tensor:
+    """Where on the map the output at the centre depends on it."""
+    x = torch.randn(1, 4, side, side, requires_grad=True)
+    op(x)[0, :, side // 2, side // 2].square().sum().backward()
+    return x.grad.abs().amax((0, 1)) > 0
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_beyond_the_window_only_mean_and_variance_are_seen(kernel_size):
+    """As the card says; the standardisation alone would make every output depend on everything."""
+    op, near = HyperZZW(4, kernel_size=kernel_size), kernel_size // 2
+    window = torch.zeros(13, 13, dtype=torch.bool)
+    window[6 - near : 7 + near, 6 - near : 7 + near] = True
+    assert torch.equal(seen(op.mix, 13), window)
+    assert seen(standardise, 13).all() and seen(op, 13).all()
+    assert card_of("hyperzzw").facts["receptive_field"].startswith("the local window: `kernel_size` per side;")
+
+
+@pytest.mark.parametrize("omega", [0.25, 4.0])
+@torch.no_grad()
+def test_kernels_are_float32_under_autocast(omega):
+    """Neither what autocast computes with nor what it leaves behind in eval mode is rounded to bfloat16."""
+    net = SlowNet(8, omega=omega).eval()
+    expected = net.generate((9, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.generate((9, 9)), expected)
+        assert torch.equal(net((9, 9)), expected)
+    assert torch.equal(net((9, 9)), expected)
+
+
+@torch.no_grad()
+def test_one_call_under_autocast_changes_no_later_one():
+    op, x = HyperZZW(4).eval(), torch.randn(1, 4, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert op(x).dtype == torch.bfloat16
+    assert torch.allclose(op(x), op.reference(x), atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Orthogonal convolutions: the identity and the bounds against explicit matrices, and where kernels exist."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,3 +233,8 @@ def test_recipe_adds_its_gradient():
     before = net[0].weight.grad.clone()
     Orthogonality(0).on_after_backward(None, net)
     assert torch.equal(net[0].weight.grad, before)
+    net.zero_grad()
+    for _ in range(4):  # the losses of batches that are accumulated are divided, too
+        Orthogonality(0.3).on_after_backward(SimpleNamespace(accumulate_grad_batches=4), net)
+    expected = torch.autograd.grad(0.3 * orthogonality_loss(net[0].weight), net[0].weight)[0]
+    assert torch.allclose(net[0].weight.grad, expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Terminator: no residual connections; every block looks at the whole image through hyper-kernels.
+"""Terminator: no residual connections; blocks multiply rows with columns of the map, weighted by hyper-kernels.
 
 The network of Zhang 2024, arXiv:2401.17948 (see the operator `hyperzzw`). A slow-fast neural encoding block multiplies
 its input X with a hyper-kernel K as large as the map, and lets these context weights act on features of X:
@@ -7,9 +7,12 @@ its input X with a hyper-kernel K as large as the map, and lets these context we
     local    y(p) = sum_q (K_l(q) a(p + q)) b(p + q),   for pairs (a, b) of X and those features, four kernel sizes
     gated    X sigmoid(K_s s^2 K_c m^2),   s and m the means of Y over channels and over positions
 
+By products a position sees its row, its column and a 9x9 window in one block, and everything in two; the rest of the
+image reaches it in one block only pooled, through m and through means and variances.
+
 All branches are concatenated, a 1x1 bottleneck keeps what is useful, and half of the groups of channels are
 standardised over the batch, half per image. A local error, the distance of the blocks' kernels from each other, teaches
-the slow networks besides the task: `slow_loss()`.
+the slow networks besides the task: `slow_loss()`, or the recipe `slow_loss`.
 
 The author's repository holds no code any more. Branches, their inputs, widths and the slow loss follow what a public
 copy of it (lalalune/Terminator) still has, written anew from its formulas. Chosen here, because the copy lacks it:
@@ -152,10 +155,10 @@ class Terminator(Backbone):
 
     Args:
         factors: by which each block multiplies the channels; the products must be multiples of 12.
-        earlier: earlier inputs that each block sees, none for the first, at most its number.
+        earlier: earlier inputs that each block sees; there are none for the first, one for the second, and so on.
         image_size: in pixels. slow_layers: depth of the first block's global slow network; later ones have one less.
         dropout: of channels, in all blocks but the first.
-    Raises BadInput: an image that is not square, channels that do not divide.
+    Raises BadInput: an image that is not square, channels that do not divide, more earlier inputs than there are.
     """
 
     def __init__(
@@ -164,6 +167,7 @@ class Terminator(Backbone):
         block: type[SFNEBlock] = SFNEBlock,
     ):  # fmt: skip
         super().__init__()
+        _check(factors, earlier)
         self.earlier, self.image_size, self.factors = tuple(earlier), image_size, tuple(factors)
         self.feature_info, self.blocks, dim = [], nn.ModuleList(), in_chans
         for i, (factor, past) in enumerate(zip(factors, earlier, strict=True)):
@@ -190,13 +194,26 @@ class Terminator(Backbone):
     def slow_loss(self) -> Float[Tensor, ""]:
         """The local error of the slow networks: mean squared differences of all pairs of blocks' global kernels.
 
-        A shallower block's kernel is tiled to the channels of the deeper one. Add it to the task's loss.
+        A shallower block's kernel is tiled to the channels of the deeper one. Add it to the task's loss, as the recipe
+        `slow_loss` does. Raises BadInput where there is one block only.
         """
+        if len(self.blocks) < 2:
+            raise BadInput("the slow loss compares blocks with each other, and this Terminator has one; leave it out")
         kernels = [block.slow_global((self.image_size,) * 2) for block in self.blocks]
         return torch.stack([
             F.mse_loss(shallow.repeat(len(deep) // len(shallow), 1, 1), deep)
             for i, deep in enumerate(kernels) for shallow in kernels[:i]
         ]).sum()  # fmt: skip
+
+
+def _check(factors: Sequence[int], earlier: Sequence[int]) -> None:
+    """Raises BadInput where there are no such blocks."""
+    if len(factors) != len(earlier) or not factors:
+        given = f"factors={tuple(factors)} and earlier={tuple(earlier)}"
+        raise BadInput(f"{given} need one number each for every block, and at least one block")
+    for block, past in enumerate(earlier):
+        if not 0 <= past <= block:
+            raise BadInput(f"earlier={tuple(earlier)}: block {block + 1} sees 0 to {block} earlier inputs, not {past}")
 
 
 def _mixer(dim_in: int, dim: int, bias: bool = True) -> nn.Conv2d:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.layers.kept import Source
+from opsin.layers.precision import without_autocast
 
 KEPT_SIZES = 4  # kernels of so many resolutions are kept for inference
 
@@ -28,7 +29,7 @@ def grid(size: Sequence[int], device: torch.device | None = None) -> Float[Tenso
 
 
 class SlowNet(nn.Module):
-    """kernel = net(size): (dim, *size) values on a grid of this size, in float32.
+    """kernel = net(size): (dim, *size) values on a grid of this size, in float32, under autocast too.
 
     In eval mode without gradients the kernel of a resolution is computed once and kept until a parameter changes.
 
@@ -103,5 +104,6 @@ class SlowNet(nn.Module):
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In float32, whatever the parameters are: phases of many radians need it."""
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    """In float32, whatever the parameters are and autocast wants: phases of many radians need it."""
+    with without_autocast(x.device.type):
+        return F.linear(x, layer.weight.float(), layer.bias.float())

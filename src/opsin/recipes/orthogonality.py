@@ -1,22 +1,20 @@
 """Orthogonality: the loss of any network plus lambda times the sum of L(K) over its convolutions.
 
 The regulariser of Achour, Malgouyres and Mamalet 2022 (arXiv:2108.05623; see the operator `orthogonal_conv`), which
-depends on the kernels only. Its gradient is therefore added to that of the loss after the backward pass, whatever the
-task; on several devices it is the same on each. Convolutions with groups or dilation, those that no orthogonal kernel
-exists for, and those with a kernel below `min_kernel_size` are left alone.
+depends on the kernels only. Convolutions with groups or dilation, those that no orthogonal kernel exists for, and those
+with a kernel below `min_kernel_size` are left alone.
 """
 
 from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
-from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from opsin.errors import BadInput
 from opsin.ops.conv.orthogonal_conv import OrthogonalConv
 from opsin.ops.conv.orthogonality import existence, orthogonality_loss
-from opsin.recipes import Recipe
+from opsin.recipes.penalty import Penalty
 
 Convolution = nn.Conv1d | nn.Conv2d | OrthogonalConv
 
@@ -35,7 +33,7 @@ def stride_of(layer: Convolution) -> int:
     return layer.stride if isinstance(layer.stride, int) else layer.stride[0]
 
 
-class Orthogonality(Recipe):
+class Orthogonality(Penalty):
     """Adds weight * sum of L(K) to what is minimised.
 
     Args: weight, the paper's lambda, which trades accuracy for robustness; min_kernel_size in taps, 2 to leave the
@@ -44,10 +42,8 @@ class Orthogonality(Recipe):
     """
 
     def __init__(self, weight: float = 0.1, min_kernel_size: int = 1):
-        super().__init__()
-        if weight < 0:
-            raise BadInput(f"the weight of orthogonality is 0 or more, not {weight}")
-        self.weight, self.min_kernel_size = weight, min_kernel_size
+        super().__init__(weight)
+        self.min_kernel_size = min_kernel_size
 
     def layers(self, model: nn.Module) -> Iterator[Convolution]:
         """The trained convolutions that are regularised."""
@@ -65,8 +61,3 @@ class Orthogonality(Recipe):
         if not losses:
             raise BadInput(f"{type(model).__name__} has no convolution that could be orthogonal")
         return torch.stack(losses).sum()
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.weight > 0:
-            with torch.enable_grad():
-                (self.weight * self.penalty(getattr(pl_module, "model", pl_module))).backward()

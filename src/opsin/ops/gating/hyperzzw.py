@@ -8,8 +8,9 @@ meet the activations again, at a cost that is linear in the number of positions:
     global   y(p) = (K_g(p) z(p)) v(p),                            K_g as large as the map
     local    y(p) = sum_q (K_l(q) z(p + q)) v(p + q),              K_l of k x k taps per channel
 
-The second is a depthwise convolution of z v with K_l, which is how it is computed. Terminator, the paper's network, is
-the card `terminator`.
+The second is a depthwise convolution of z v with K_l, which is how it is computed. Neither sums over the whole map: an
+output sees the k x k window, and what is beyond only through the mean and variance of its channels. The paper claims
+full context in one layer; its network, the card `terminator`, multiplies matrices instead.
 
 The author's repository holds no code. Chosen here, for want of the paper's word: activations are standardised per
 image and channel first, without which their products explode; the second factor v is a 1x1 convolution of the first, as
@@ -80,9 +81,12 @@ class HyperZZW(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        z = standardise(x)
+        return self.mix(standardise(x))
+
+    def mix(self, z: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """The operator on activations that are standardised."""
         v = self.value(z)
-        wide = global_zzw(self.slow_global(x.shape[2:]), z, v)
+        wide = global_zzw(self.slow_global(z.shape[2:]), z, v)
         near = local_zzw(self.slow_local((self.kernel_size,) * 2), z, v)
         return self.bottleneck(torch.cat((wide, near), 1))
 
