@@ -3,18 +3,22 @@
 import copy
 from collections.abc import Callable
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import opsin
+from opsin.catalog import card_of
 from opsin.errors import BadInput
-from opsin.ops.spectral import fourier
+from opsin.ops.spectral import flashfftconv, fourier
 from opsin.ops.spectral.flashfftconv import (
     FlashFFTConv,
+    GlobalFilter1d,
     Monarch,
     ShortConv1d,
     fft_conv,
@@ -182,6 +186,24 @@ def test_gates_of_a_wider_type_widen_the_result(monkeypatch):
             monkeypatch.setattr(fourier, "BLOCK", block)
             found = filtered(u, k, 0, fast_length(99), gates)
             assert found.dtype == torch.float32 and torch.equal(found, expected)
+            assert filtered(u, k, 0, fast_length(99), gates[::-1]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["fft", "monarch", "triton"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_type_of_the_result_does_not_depend_on_gradients(backend, place):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    u, k = torch.randn(2, 1, 128).bfloat16(), torch.randn(1, 128, requires_grad=True)
+    gates = [None, None]
+    gates[place] = torch.randn(2, 1, 128)
+    exact = [1 if gate is None else gate for gate in gates]
+    expected = exact[1] * direct(exact[0] * u.float(), k)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = fft_conv(u, k, tuple(gates), backend=backend)
+            assert y.dtype == torch.float32 and (y - expected).norm() < 1e-2 * expected.norm()
+            assert fft_conv(u, k, backend=backend).dtype == torch.bfloat16
 
 
 def test_implicit_padding_is_explicit_padding_for_less():
@@ -213,6 +235,33 @@ def test_partial_convolution_is_the_masked_kernel(length):
 def test_partial_convolution_of_a_longer_input():
     u, k = signals(1000, 30)
     assert torch.allclose(partial_conv(u, k, 30), direct(u, k), atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("taps", "length", "size"), [(1, 600, 256), (64, 1000, 256), (97, 3000, 512), (1021, 9000, 4096)]
+)
+@pytest.mark.parametrize("backend", ["fft", "monarch"])
+def test_pieces_of_a_partial_convolution_have_powers_of_two_and_a_bound(taps, length, size, backend, monkeypatch):
+    """4 * 97 has a factor that no small matrix does and 4 * 1021 one that FFTs are slow at."""
+    u, k = signals(length, taps)
+    shapes, run = [], flashfftconv.fft_conv
+
+    def spied(u: Tensor, k: Tensor, **options: object) -> Tensor:
+        shapes.append(tuple(u.shape))
+        return run(u, k, **options)
+
+    monkeypatch.setattr(flashfftconv, "fft_conv", spied)
+    monkeypatch.setattr(flashfftconv, "PIECES", 2 * u[..., 0].numel() * size)
+    assert torch.allclose(partial_conv(u, k, taps, backend), direct(u, k), atol=1e-10)
+    count = -(-length // (size - taps + 1))
+    assert shapes == [(6, 2, size)] * (count // 2) + [(3, 2, size)] * (count % 2)
+
+
+def test_gradients_of_a_partial_convolution():
+    u, k = (t.requires_grad_() for t in signals(520, 5, b=1, h=1))
+    weight = torch.randn(520, dtype=torch.float64)
+    both = [torch.autograd.grad((y * weight).sum(), (u, k)) for y in (partial_conv(u, k, 5), direct(u, k))]
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(*both, strict=True))
 
 
 @pytest.mark.parametrize(("factors", "keep"), [((16, 16), (16, 4)), ((16, 16), (5, 16)), ((8, 8, 4), (8, 3, 2))])
@@ -295,6 +344,27 @@ def test_published_lengths_build():
     assert op(torch.randn(1, 4, 1, 1024)).shape == (1, 4, 1, 1024) and op.layer.gates is not None
 
 
+def test_a_filter_says_how_long_its_input_may_be():
+    made = GlobalFilter1d(4, 16)
+    for mode in (True, False):
+        made.train(mode)
+        with torch.no_grad():
+            for length in (16, 9):
+                u = torch.randn(2, 4, length)
+                assert torch.allclose(made(u), direct(u, made.weight, 15), atol=1e-5)
+            for shape in ((2, 4, 20), (2, 1, 16)):
+                with pytest.raises(BadInput, match=r"\(batch, 4, up to 16 positions\)"):
+                    made(torch.randn(shape))
+
+
+def test_the_card_counts_parameters():
+    taps, gates = card_of("flashfftconv").facts["parameters"].split(" taps; gates add ")
+    names = {"C": 6, "N": 15}
+    for gated in (False, True):
+        op = FlashFFTConv(6, (3, 5), gated=gated)
+        assert sum(p.numel() for p in op.parameters()) == eval(taps, names) + gated * eval(gates, names)
+
+
 def test_short_convolution():
     conv, u = ShortConv1d(3, 5), torch.randn(2, 3, 11)
     expected = direct(u, conv.weight.flip(-1), 2) + conv.bias[:, None]
@@ -317,8 +387,21 @@ def test_complaints_are_sentences():
         fft_conv(u, k, backend="monarch", factors=(4, 2))
     with pytest.raises(BadInput, match=r"maps of 4x5, and this one is 5x4.*input_size=\(5, 4\)"):
         FlashFFTConv(3, (4, 5))(torch.randn(1, 3, 5, 4))
-    with pytest.raises(BadInput, match="does not fit a convolution of 8"):
-        frequency_sparse_conv(u, k, (4, 4), (4, 2))
+    for keep in ((4, 4), (0, 4), (4, 0), (-1, 2)):
+        with pytest.raises(BadInput, match="does not fit a convolution of 8"):
+            frequency_sparse_conv(u, k, keep, (4, 4) if 0 in keep else (4, 2))
+    for start in (-3, 8):
+        with pytest.raises(BadInput, match=f"from 0 to 7, not {start}"):
+            fft_conv(u, k, start=start)
+    with pytest.raises(BadInput, match="has start=0, not 5"):
+        fft_conv(u, k, causal=False, start=5)
+    with pytest.raises(BadInput, match="at least one tap, and this one has none"):
+        fft_conv(u, k[:, :0])
+    for taps in (0, -1):
+        with pytest.raises(BadInput, match=f"taps={taps}.* at least one"):
+            partial_conv(u, k, taps)
+    with pytest.raises(BadInput, match=r"no use for factors=\(4, 4\)"):
+        fft_conv(u, k, backend="fft", factors=(4, 4))
 
 
 @pytest.mark.parametrize(
@@ -350,3 +433,20 @@ def test_fused_kernel_refuses_what_it_cannot():
         fft_conv(u, k, causal=False, backend="triton")
     with pytest.raises(BadInput, match="powers of 2 from 16 on"):
         fft_conv(u, k, backend="triton", factors=(128, 8))
+
+
+def test_the_fused_kernel_has_no_float64(monkeypatch):
+    triton = pytest.importorskip("opsin.ops.spectral.flashfftconv_triton")
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    assert [triton._precision(torch.empty(1, dtype=t)) for t in types] == ["ieee", "ieee", "tf32", "tf32"]
+    u, k = torch.randn(2, 1, 128), torch.randn(1, 128)
+    for arguments in ((u.double(), k), (u, k.double()), (u, k, (u.double(), None)), (u, k, (None, u.double()))):
+        with pytest.raises(BadInput, match="float32 at most"):
+            fft_conv(*arguments, backend="triton")
+    planned, engine = [], SimpleNamespace(convolve=lambda u, *_: u)
+    monkeypatch.setattr(flashfftconv, "_plan", lambda *given: planned.append(given[-1]) or (engine, 256))
+    monkeypatch.setattr(flashfftconv, "kernel_wanted", lambda u: True)
+    with FakeTensorMode(), torch.no_grad():
+        for dtype in types:
+            fft_conv(torch.empty(2, 1, 128, device="cuda", dtype=dtype), torch.empty(1, 128, device="cuda"))
+    assert [device is not None for device in planned] == [False, True, True, True]

@@ -1,8 +1,10 @@
 """Long convolutions: the published layer's numbers, the squash, who sees the future, and the network around them."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import opsin
@@ -161,6 +163,17 @@ def test_spectra_are_kept_per_length_and_follow_every_parameter():
         assert torch.allclose(made(u), made.reference(u), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("lam", 1.0), ("smoothing", "time"), ("smoothing", "frequency"), ("window", 3)]
+)
+def test_kept_spectra_follow_the_options(option, value):
+    made, u = layer(lam=0.2, smoothing="time" if option == "window" else "none").eval(), torch.randn(2, 4, 20)
+    with torch.no_grad():
+        before = made(u)
+        setattr(made, option, value)
+        assert torch.allclose(made(u), made.reference(u), atol=1e-5) and not torch.allclose(made(u), before, atol=1e-3)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_the_butterfly_layer_starts_as_a_long_convolution(bidirectional):
     made, butterfly = layer(bidirectional=bidirectional), ButterflyLongConv(4, 20, bidirectional=bidirectional)
@@ -184,15 +197,19 @@ def test_the_operator_reads_rows():
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "classes", "taps"),
+    ("name", "inputs", "classes", "taps", "lam", "kernel_dropout", "dropout", "norm"),
     [
-        ("long_conv_lra_image", 1, 10, (2, 512, 1024)),
-        ("long_conv_pathfinder", 1, 2, (4, 256, 1024)),
-        ("long_conv_standalone_cifar", 3, 10, (4, 256, 1024)),
+        ("long_conv_lra_image", 1, 10, (2, 512, 1024), 0.003, 0.2, nn.Dropout1d(0.1), nn.LayerNorm),
+        ("long_conv_pathfinder", 1, 2, (4, 256, 1024), 0.001, 0.3, nn.Dropout(0.0), nn.BatchNorm1d),
+        ("long_conv_standalone_cifar", 3, 10, (4, 256, 1024), 0.001, 0.2, nn.Dropout(0.1), nn.LayerNorm),
     ],
 )
-def test_published_networks(name, inputs, classes, taps):
+def test_published_networks(name, inputs, classes, taps, lam, kernel_dropout, dropout, norm):
     net = opsin.create(name)
+    for conv, behind, normed in zip(net.conv_layers, net.dropouts, net.norms, strict=True):
+        assert (conv.lam, conv.kernel_drop.p, conv.smoothing) == (lam, kernel_dropout, "none")
+        assert type(conv.dropout) is type(dropout) and conv.dropout.p == behind.p == dropout.p
+        assert isinstance(normed, norm)
     assert len(net.conv_layers) == 6 and all(conv.kernel.shape == taps for conv in net.conv_layers)
     assert net.prenorm == (name == "long_conv_pathfinder")
     assert net.eval()(torch.randn(1, 64, inputs)).shape == (1, classes)
@@ -236,3 +253,12 @@ def test_complaints_are_sentences():
         LongConv(4, 20, init="ones")
     with pytest.raises(BadInput, match="'max'"):
         LongConvModel(pool="max", dim=4, depth=1, length=4)
+
+
+@pytest.mark.parametrize("build", [partial(LongConv, smoothing="frequency"), ButterflyLongConv])
+def test_training_under_autocast(build):
+    layer, u = build(4, 16), torch.randn(2, 4, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(u)
+    y.float().square().sum().backward()
+    assert torch.allclose(y.float(), layer(u), atol=0.05) and torch.isfinite(u.grad).all()

@@ -1,5 +1,7 @@
 """Scattering: frames against closed forms and Kymatio, paths against the definition, and the theorems."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import opsin
+from opsin.catalog import card_of
 from opsin.errors import BadInput, UnknownName
+from opsin.measure.memory import peak_memory
 from opsin.ops.spectral.frames import (
     FRAMES,
     Haar,
@@ -232,3 +236,26 @@ def test_complaints_are_sentences():
     for wrong in (Morlet(0, 2), Haar(0), WeylHeisenberg(1)):
         with pytest.raises(BadInput, match="or more"):
             wrong.spectrum(8, 8, torch.zeros(1))
+
+
+def held(net: FrameScattering) -> float:
+    """Numbers per input number that a forward pass holds, by the card's formula."""
+    paths, grid, before, most = [len(p) for p in net.paths], 1.0, 0.0, 0.0
+    for n, layer in enumerate(net.layers[:-1]):
+        before += 2 * paths[n] * grid
+        most = max(most, before + (6 * paths[n + 1] + 3 * paths[n]) * grid)
+        grid /= layer.factor**2
+    return max(most, before + 7 * paths[-1] * grid)
+
+
+def test_the_card_counts_what_a_forward_pass_holds():
+    x = torch.rand(2, 16, 28, 28)
+    said = card_of("scattering_theory").facts["memory"]
+    (at_defaults,) = re.findall(r"about (\d+) \* N \* C numbers forward at the defaults", said)
+    assert peak_memory(FrameScattering(16), (x,)) / x.nbytes == pytest.approx(float(at_defaults), rel=0.05)
+    for options in (
+        {}, {"factor": 1}, {"depth": 1}, {"depth": 3, "angles": 2}, {"frame": "haar"}, {"nonlinearity": "relu"},
+        {"paths": "decreasing"},
+    ):  # fmt: skip
+        net = FrameScattering(16, **options)
+        assert held(net) == pytest.approx(peak_memory(net, (x,)) / x.nbytes, rel=0.1), options

@@ -126,6 +126,42 @@ def test_the_norm_is_one_at_the_start_and_stays_as_it_was(mode):
     assert torch.equal(second.kernels(), made.kernels()), "a trained layer keeps its norm when it is loaded"
 
 
+@pytest.mark.parametrize("mode", ["cat", "learnable"])
+def test_pieces_that_were_filled_anew_get_their_norm(mode):
+    made = SGConv(3, 64, kernel_dim=8, mode=mode, decay_min=1.5)
+    with torch.device("meta"):
+        empty = SGConv(3, 64, kernel_dim=8, mode=mode, decay_min=1.5)
+    empty.to_empty(device="cpu")
+    for buffer in empty.buffers():
+        buffer.fill_(math.nan)
+    for layer in (made, empty):
+        state = {name: 0.1 * torch.rand_like(p) for name, p in layer.named_parameters()}
+        layer.load_state_dict(state, strict=False)
+        layer.reset_buffers()
+        assert torch.allclose(layer.kernels().norm(dim=-1), torch.ones(1, 3), atol=1e-5)
+        assert torch.allclose(layer(torch.ones(1, 3, 64)), layer.reference(torch.ones(1, 3, 64)), atol=1e-5)
+        assert not layer.kernel_norm.requires_grad
+    assert torch.equal(made.multiplier, empty.multiplier)
+
+
+def test_kept_spectra_follow_norm_and_options():
+    made, u = SGConv(3, 64, kernel_dim=8, mode="sum").eval(), torch.randn(2, 3, 64)
+
+    def check() -> Tensor:
+        assert torch.allclose(made(u), made.reference(u), atol=1e-5)
+        return made(u)
+
+    with torch.no_grad():
+        outputs = [check()]
+        made.stretch = "nearest"
+        outputs.append(check())
+        made.mode = "cat"
+        outputs.append(check())
+        made.reset_buffers()
+        outputs.append(check())
+    assert not any(torch.allclose(a, b, atol=1e-4) for a, b in pairwise(outputs))
+
+
 def test_the_norm_is_of_the_whole_kernel_before_it_is_cut():
     made = SGConv(3, 33, kernel_dim=8)
     assert made.raw_kernels().shape[-1] == 64 and (made.kernels().norm(dim=-1) < 1).all()
@@ -170,3 +206,7 @@ def test_complaints_are_sentences():
     for options in ({"mode": "dog"}, {"init": "dog"}, {"stretch": "dog"}):
         with pytest.raises(BadInput, match=f"{next(iter(options))}='dog' is not known"):
             SGConv(2, 8, **options)
+    with pytest.raises(BadInput, match="kernel_dim=0"):
+        SGConv(2, 8, kernel_dim=0)
+    with pytest.raises(BadInput, match="length=0"):
+        SGConv(2, 0)

@@ -33,6 +33,7 @@ from opsin.ops.spectral.fourier import (
     fast_length,
     filtered,
     gated,
+    gated_type,
     long_conv,
     needed_length,
     reference_conv,
@@ -42,6 +43,7 @@ from opsin.ops.spectral.monarch import Pair, best_factors, complex_product, conj
 from opsin.ops.spectral.sequence import RasterOperator
 
 Backend = Literal["auto", "fft", "monarch", "triton"]
+PIECES = 2**20  # numbers that a CPU transforms at once in a partial convolution of a long input; others 16 times more
 
 
 class Monarch:
@@ -52,7 +54,8 @@ class Monarch:
 
     def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
         y_f = complex_product(self._spectrum(gated(u, gates[0]), n), self._spectrum(k, n))
-        return gated(self._back(y_f, n, start + u.shape[-1])[..., start:], gates[1]).to(u.dtype)
+        y = gated(self._back(y_f, n, start + u.shape[-1])[..., start:], gates[1])
+        return y.to(gated_type(u, gates))
 
     def adjoint(self, u: Tensor, k: Tensor, grad: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
         grad_f = self._spectrum(F.pad(grad, (start, 0)), n)
@@ -81,13 +84,15 @@ def fft_conv(
     """gate_out * (k conv (gate_in * u)), one kernel per feature.
 
     causal: a linear convolution, as if u were padded with zeros; else circular, of the size of u.
-    gates: (gate_in, gate_out), each like u or None.
-    backend: "fft" (torch.fft), "monarch" (matrix products), "triton" (those in one CUDA kernel), or "auto": the Triton
-        kernel on CUDA tensors where it has the size, else "fft".
-    factors: of the Monarch form, whose product is the transform's size; the cost model chooses if left out.
+    gates: (gate_in, gate_out), each like u or None; the result is of the widest type of u and these.
+    backend: "fft" (torch.fft), "monarch" (matrix products), "triton" (those in one CUDA kernel, in float32 at most), or
+        "auto": the Triton kernel on CUDA tensors where it has the size and nothing is float64, else "fft".
+    factors: of the Monarch form, whose product is the transform's size; the cost model chooses if left out. "auto"
+        gives them to the Triton kernel, and has no use for them where it takes "fft".
     start: taps with negative lags that k begins with; L - 1 for a kernel of 2L - 1 that looks both ways.
     Backward keeps the arguments only and computes the spectra again, but for "fft" on a CPU. Raises BadInput: shapes
-    that do not fit, a kernel longer than a circular convolution, an unknown backend, or one that cannot run here.
+    that do not fit, a kernel longer than a circular convolution, a start outside the taps or in a circular convolution,
+    an unknown backend, one that cannot run here, or factors for one that has none.
     """
     size = u.shape
     for gate in gates:
@@ -95,10 +100,21 @@ def fft_conv(
             raise BadInput(f"a gate has the shape of the input, {tuple(size)}, not {tuple(gate.shape)}")
     if backend == "triton":
         require_kernel(u)
-    cuda = u.device if u.is_cuda and (backend == "triton" or kernel_wanted(u)) else None
+        if _double(u, k, *gates):
+            raise BadInput("the fused kernel computes in float32 at most; take another backend for float64")
+    cuda = u.device if u.is_cuda and (backend == "triton" or _wanted(u, k, *gates)) else None
     plan = _plan.__wrapped__ if is_compiling() else _plan  # symbolic sizes cannot be kept
     engine, n = plan(size, k.shape, causal, backend, tuple(factors) if factors else None, start, cuda)
     return long_conv(u, k, start, n, gates, engine)
+
+
+def _double(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.dtype == torch.float64 for t in tensors)
+
+
+def _wanted(u: Tensor, *others: Tensor | None) -> bool:
+    """Whether "auto" takes the fused kernel, which has no float64."""
+    return kernel_wanted(u) and not _double(u, *others)
 
 
 @lru_cache(maxsize=256)
@@ -116,6 +132,14 @@ def _plan(
         raise BadInput(f"fft_conv takes u (batch, features, length) and k (features, taps), not {shapes}")
     if not causal and kernel[1] > size[2]:
         raise BadInput(f"a circular convolution of {size[2]} positions has at most as many taps, not {kernel[1]}")
+    if kernel[1] < 1:
+        raise BadInput("a kernel has at least one tap, and this one has none")
+    if not 0 <= start < kernel[1]:
+        raise BadInput(f"start is the place of lag 0 in the kernel, from 0 to {kernel[1] - 1}, not {start}")
+    if start and not causal:
+        raise BadInput(f"a circular convolution has start=0, not {start}; roll its output instead")
+    if factors and backend == "fft":
+        raise BadInput(f"backend='fft' has no use for factors={factors}; take backend='monarch'")
     if backend not in ("auto", "fft", "monarch", "triton"):
         raise BadInput(f"the backend is auto, fft, monarch or triton, not {backend!r}")
     needed = needed_length(size[2], kernel[1], start) if causal else size[2]
@@ -142,18 +166,24 @@ def partial_conv(
 ) -> Float[Tensor, "b h l"]:  # fmt: skip
     """The causal convolution with the first `taps` taps only; inputs may be longer than the kernel (section 3.3).
 
-    An input that is several times as long is cut into pieces with overlaps (overlap-save), so that transforms are of
-    the kernel's size and memory does not grow with the input's.
+    An input that is several times as long is cut into pieces with overlaps (overlap-save), a bounded number of which
+    are transformed at once: spectra are of the kernel's size and, without gradients, nothing grows with the input but
+    copies of it and of the output. Raises BadInput: less than one tap, and what `fft_conv` raises.
     """
+    if taps < 1:
+        raise BadInput(f"taps={taps}: a partial convolution keeps at least one tap")
     k, length = k[:, :taps], u.shape[-1]
-    size = 4 * k.shape[-1]
+    size = 1 << max(8, (4 * k.shape[-1] - 1).bit_length())
     if length <= 2 * size:
         return fft_conv(u, k, backend=backend)
     history, hop = k.shape[-1] - 1, size - k.shape[-1] + 1
-    count = -(-length // hop)
-    pieces = F.pad(u, (history, count * hop - length)).unfold(-1, size, hop)
-    y = fft_conv(pieces.transpose(1, 2).flatten(0, 1), k, causal=False, backend=backend)[..., history:]
-    return y.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)[..., :length]
+    pieces = F.pad(u, (history, -length % hop)).unfold(-1, size, hop).movedim(2, 1)  # (b, pieces, h, size)
+    done = []
+    most = PIECES * (1 if u.is_cpu else 16)
+    for some in pieces.split(max(1, most // (len(u) * len(k) * size)), 1):
+        y = fft_conv(some.flatten(0, 1), k, causal=False, backend=backend)[..., history:]
+        done.append(y.unflatten(0, (-1, some.shape[1])).movedim(1, 2).flatten(2))
+    return torch.cat(done, -1)[..., :length]
 
 
 def frequency_sparse_conv(
@@ -161,13 +191,17 @@ def frequency_sparse_conv(
 ) -> Float[Tensor, "b h l"]:  # fmt: skip
     """The causal convolution with a kernel whose spectrum is zero outside a corner of the Monarch index (section 3.3).
 
-    keep: how many of each factor's frequencies stay, lowest first; only these rows of its matrix are multiplied. A real
-    signal has every frequency twice, as k and N - k: where one of the two is kept, both count.
+    keep: how many of each factor's frequencies stay, at least one, lowest first; only these rows of its matrix are
+        multiplied. A real signal has every frequency twice, as k and N - k: where one of the two is kept, both count.
     factors: sizes whose product is at least the padded length. Raises BadInput where they do not fit.
     """
     factors, keep = tuple(factors), tuple(keep)
     n = prod(factors)
-    if n < u.shape[-1] + k.shape[-1] - 1 or len(keep) != len(factors) or any(a > b for a, b in zip(keep, factors)):
+    if (
+        n < u.shape[-1] + k.shape[-1] - 1
+        or len(keep) != len(factors)
+        or any(not 0 < a <= b for a, b in zip(keep, factors))
+    ):
         raise BadInput(f"keep={keep} of factors={factors} does not fit a convolution of {u.shape[-1]} positions")
     weight = (1 + ~kept_frequencies(factors, keep)[1]).to(u.device)
     u_f, k_f = (transform((x.to(computing(x.dtype)), None), factors, keep) for x in (u, k))
@@ -197,8 +231,9 @@ class ShortConv1d(nn.Module):
 
 
 class GlobalFilter1d(nn.Module):
-    """(B, H, L) -> the same: one learned tap per feature and lag, -(L - 1) to L - 1; gated on request.
+    """(B, H, L) -> the same for L up to `length`: one learned tap per feature and lag; gated on request.
 
+    length: the longest input; lags go from 1 - length to length - 1.
     gated: two linear maps of the input multiply it before and after, as in H3 and Hyena.
     """
 
@@ -213,6 +248,7 @@ class GlobalFilter1d(nn.Module):
         self._kept = Kept()
 
     def forward(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
+        self._check(u)
         gates, start = self._gates(u), self.length - 1
         if self.backend not in ("auto", "fft") or kernel_wanted(u) or not may_keep(self, u):
             return fft_conv(u, self.weight, gates, backend=self.backend, start=start)
@@ -224,6 +260,11 @@ class GlobalFilter1d(nn.Module):
         """The same with the plain composition of FFTs."""
         gate_in, gate_out = self._gates(u)
         return gated(reference_conv(gated(u, gate_in), self.weight, self.length - 1), gate_out)
+
+    def _check(self, u: Tensor) -> None:
+        dim = len(self.weight)
+        if u.ndim != 3 or u.shape[1] != dim or u.shape[2] > self.length:
+            raise BadInput(f"this filter takes (batch, {dim}, up to {self.length} positions), not {tuple(u.shape)}")
 
     def _gates(self, u: Tensor) -> Gates:
         return (None, None) if self.gates is None else self.gates(u).chunk(2, 1)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
-from opsin.ops.spectral.fourier import Gates
+from opsin.ops.kernels import launching_on
+from opsin.ops.spectral.fourier import Gates, gated_type
 from opsin.ops.spectral.monarch import best_factors, inverse, roots, transform
 
 # Bytes of memory beside the matrix units that the larger kernel, that of the taps, was compiled to by Triton 3.9.
@@ -193,8 +194,8 @@ def taps_kernel(
 class FusedMonarch:
     """The engine of the fused kernel, for one kernel per feature: two or three factors of 16 and more.
 
-    Products of float32 signals are exact; those of bfloat16 and float16 ones run as TF32, which keeps more digits than
-    they have.
+    Products of float32 signals are exact; where signals and gates are bfloat16 or float16 they run as TF32, which keeps
+    more digits than these have.
     """
 
     def __init__(self, factors: tuple[int, ...]):
@@ -203,7 +204,7 @@ class FusedMonarch:
         self.factors = factors
 
     def convolve(self, u: Tensor, k: Tensor, start: int, n: int, gates: Gates = (None, None)) -> Tensor:
-        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        y = torch.empty_like(u, dtype=gated_type(u, gates), memory_format=torch.contiguous_format)
         self._launch(u.contiguous(), self._spectrum(k), y, start, start + u.shape[-1], gates)
         return y
 
@@ -219,11 +220,12 @@ class FusedMonarch:
     def _launch(self, x: Tensor, k_f: Tensor, y: Tensor, start: int, stop: int, gates: Gates) -> None:
         samples, features, length = x.shape
         gate_in, gate_out = (x if gate is None else gate.contiguous() for gate in gates)
-        convolution_kernel[features, triton.cdiv(samples, 2)](
-            x, gate_in, gate_out, k_f, y, *self._tables(x.device), samples, features, length, start, *self._sizes(),
-            self._rows(length), self._rows(stop), gates[0] is not None, gates[1] is not None, _precision(x),
-            num_warps=self._warps(),
-        )  # fmt: skip
+        with launching_on(x):
+            convolution_kernel[features, triton.cdiv(samples, 2)](
+                x, gate_in, gate_out, k_f, y, *self._tables(x.device), samples, features, length, start, *self._sizes(),
+                self._rows(length), self._rows(stop), gates[0] is not None, gates[1] is not None, _precision(y),
+                num_warps=self._warps(),
+            )  # fmt: skip
 
     def _taps(self, u: Tensor, grad: Tensor) -> Tensor:
         samples, features, length = u.shape
@@ -231,10 +233,11 @@ class FusedMonarch:
         parts = triton.cdiv(samples, 2 * pairs)
         n = prod(self.factors)
         sums = torch.empty(parts, features, 2, n, device=u.device)
-        taps_kernel[features, parts](
-            u, grad, sums, *self._tables(u.device), samples, features, length, grad.shape[-1], *self._sizes(),
-            self._rows(length), self._rows(grad.shape[-1]), pairs, _precision(u), num_warps=self._warps(),
-        )  # fmt: skip
+        with launching_on(u):
+            taps_kernel[features, parts](
+                u, grad, sums, *self._tables(u.device), samples, features, length, grad.shape[-1], *self._sizes(),
+                self._rows(length), self._rows(grad.shape[-1]), pairs, _precision(grad), num_warps=self._warps(),
+            )  # fmt: skip
         re, im = sums.sum(0).unbind(1)
         return inverse((re, im), self.factors)[0]
 
@@ -262,4 +265,4 @@ class FusedMonarch:
 
 
 def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    return "tf32" if x.dtype in (torch.float16, torch.bfloat16) else "ieee"

@@ -11,7 +11,7 @@ the input; on accelerators backward computes them again instead of keeping them,
 section 3.1) does. On a CPU, where that would cost two of eight transforms, it keeps them.
 """
 
-from functools import cache
+from functools import cache, reduce
 from itertools import count, repeat
 from math import prod
 from typing import Any, Protocol
@@ -69,6 +69,7 @@ def filtered(
 ) -> Float[Tensor, "*d h l"]:  # fmt: skip
     """The part [start, start + l) of the circular convolution, gated; k: taps (*c, h, t) or their response (*c, h, f).
 
+    Of the widest type of u and its gates, as with every engine.
     On a CPU a block of features at a time: what is large comes as fresh pages, which cost as much as the transforms.
     """
     (gate_in, gate_out), length, eager = gates, u.shape[-1], not is_compiling()
@@ -77,13 +78,15 @@ def filtered(
         convolutions = u.numel() // length * (1 if k.ndim == 2 else prod(k.shape[:-2]))
         most = BLOCK * torch.get_num_threads() // (4 * n)
         if convolutions > most and (features := most * u.shape[-2] // convolutions or 1) < u.shape[-2]:
-            dtype = u.dtype if gate_out is None else torch.promote_types(u.dtype, gate_out.dtype)
-            y = u.new_empty(*torch.broadcast_shapes(u.shape[:-1], k.shape[:-1]), length, dtype=dtype)
+            shape = torch.broadcast_shapes(u.shape[:-1], k.shape[:-1])
+            y = u.new_empty(*shape, length, dtype=gated_type(u, gates))
             blocks = [repeat(None) if x is None else x.split(features, -2) for x in (u, k, gate_in, gate_out)]
             for at, v, c, *g in zip(count(step=features), *blocks, strict=False):
                 y[..., at : at + features, :] = filtered(v, c, start, n, g)
             return y
-    y_f, k_f = spectrum(u if gate_in is None else u * gate_in, n), k if k.is_complex() else response(k, n)
+    if gate_in is not None:
+        u = u * gate_in
+    y_f, k_f = spectrum(u, n), k if k.is_complex() else response(k, n)
     # in place, so that what comes next finds memory still in the caches
     y_f = y_f.mul_(k_f) if eager and k_f.ndim == 2 else y_f * k_f
     y = irfft(y_f, n, norm="forward")[..., start : start + length]
@@ -97,6 +100,11 @@ def filtered(
 def gated(x: Tensor, gate: Tensor | None) -> Tensor:
     """x times its gate, if there is one."""
     return x if gate is None else x * gate
+
+
+def gated_type(x: Tensor, gates: Gates) -> torch.dtype:
+    """The dtype of x times its gates: the widest of them."""
+    return reduce(torch.promote_types, (gate.dtype for gate in gates if gate is not None), x.dtype)
 
 
 def reference_conv(

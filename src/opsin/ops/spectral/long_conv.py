@@ -63,6 +63,7 @@ class LongConv(GlobalConvLayer):
     """
 
     kernel_parameters = ("kernel",)
+    kernel_options = ("lam", "smoothing", "window")
 
     def __init__(
         self, dim: int, length: int, channels: int = 1, bidirectional: bool = False, dropout: float = 0.0,

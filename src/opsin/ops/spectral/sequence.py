@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from opsin.errors import BadInput
 from opsin.layers.kept import Kept, may_keep
+from opsin.layers.precision import without_autocast
 from opsin.ops.spectral.fourier import (
     fast_length,
     filtered,
@@ -48,6 +49,7 @@ class GlobalConvLayer(nn.Module):
     """
 
     kernel_parameters: tuple[str, ...] = ()  # names of the parameters that the kernel is made of
+    kernel_options: tuple[str, ...] = ()  # names of the attributes that it depends on, too
 
     def __init__(
         self, dim: int, length: int, channels: int = 1, bidirectional: bool = False, dropout: float = 0.0,
@@ -80,7 +82,8 @@ class GlobalConvLayer(nn.Module):
         if not may_keep(self, u):
             return long_conv(u[:, None], self.taps(length), start)
         n = fast_length(needed_length(length, length + start, start))
-        k_f = self._kept(length, self._sources(), lambda: response(self.taps(length), n))
+        key = (length, *(getattr(self, name) for name in self.kernel_options))
+        k_f = self._kept(key, self._sources(), lambda: response(self.taps(length), n))
         return filtered(u[:, None], k_f, start, n)
 
     def _sources(self) -> list[Tensor]:
@@ -88,7 +91,9 @@ class GlobalConvLayer(nn.Module):
 
     def forward(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         self._check(u)
-        return self._mixed(self.convolve(u), u)
+        with without_autocast(u.device.type):  # kernels and spectra are complex, or squashed near to their precision
+            y = self.convolve(u)
+        return self._mixed(y, u)
 
     def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         """The same with the plain composition of FFTs."""

@@ -8,8 +8,9 @@ w_i of d taps each are stretched to twice the length of the one before, damped, 
 
 The nearest piece has the largest factor, so with m = 2 each further one is half as strong. Z is the norm that the
 kernel has at the start: taken at the first forward pass in the paper, which with the initial weights is the same as at
-construction, where it is taken here. It is a buffer, saved with the weights and never updated. Names of parameters
-follow the official repository, ctlllll/SGConv (unlicensed; nothing of it is used).
+construction, where it is taken here. It is a buffer, saved with the weights and not updated by training; whoever fills
+the pieces anew before training calls `reset_buffers`. Names of parameters follow the official repository,
+ctlllll/SGConv (unlicensed; nothing of it is used), whose options `init_scale` and `ln` are left out.
 """
 
 import math
@@ -49,8 +50,10 @@ class SGConv(GlobalConvLayer):
         mode: "cat" lays pieces end to end; "sum" adds them up from lag 0, stretched by 2^i; "learnable" is "cat" times
             exp(-decay log(1 + t)) instead of m, with a learned decay per feature that starts between the two.
         init: "random" N(0, 1) or a "cos" bank. stretch: "linear" or "nearest".
-    Raises BadInput: an unknown mode, init or stretch, or an input that is longer than `length`.
+    Raises BadInput: an unknown mode, init or stretch, no taps or positions, or an input that is longer than `length`.
     """
+
+    kernel_options = ("mode", "stretch")
 
     def __init__(
         self, dim: int, length: int, channels: int = 1, bidirectional: bool = False, dropout: float = 0.0,
@@ -61,17 +64,27 @@ class SGConv(GlobalConvLayer):
         _known("mode", mode, ("cat", "sum", "learnable"))
         _known("init", init, ("random", "cos"))
         _known("stretch", stretch, ("linear", "nearest"))
+        if kernel_dim < 1 or length < 1:
+            raise BadInput(f"kernel_dim={kernel_dim} and length={length}: both are at least 1")
         self.kernel_dim, self.mode, self.stretch = kernel_dim, mode, stretch
+        self.decay_range = decay_min, decay_max
         self.scales = 1 + max(0, math.ceil(math.log2(length / kernel_dim)))
         shape = (channels * self.directions, dim, kernel_dim)
         pieces = (torch.randn(shape) if init == "random" else cosine_bank(*shape) for _ in range(self.scales))
         self.kernel_list = nn.ParameterList(pieces)
-        multiplier = torch.linspace(decay_min, decay_max, dim).view(1, -1, 1)
-        self.register_buffer("multiplier", torch.ones(1, 1, 1) if mode == "learnable" else multiplier)
         if mode == "learnable":
             self.decay = nn.Parameter(decay_min + (decay_max - decay_min) * torch.rand(dim))
-        with torch.no_grad():
-            self.register_buffer("kernel_norm", self.raw_kernels().norm(dim=-1, keepdim=True))
+        self.register_buffer("multiplier", None)
+        self.register_buffer("kernel_norm", None)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """m, and Z for the pieces as they are now: for pieces that were filled anew, also after `to_empty`."""
+        piece, low_high = self.kernel_list[0], self.decay_range
+        multiplier = piece.new_ones(1) if self.mode == "learnable" else torch.linspace(*low_high, self.dim).to(piece)
+        self.multiplier = multiplier.view(1, -1, 1)
+        self.kernel_norm = self.raw_kernels().norm(dim=-1, keepdim=True)
 
     @property
     def kernel_parameters(self) -> tuple[str, ...]:
