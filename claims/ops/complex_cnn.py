@@ -151,9 +151,12 @@ def run(budget: ClaimBudget) -> Evidence:
     data, unseen = small_cifar("train", REAL_TRAIN), small_cifar("test", REAL_TEST)
     control = [scores(seed, data, unseen, (3, 3), REAL_STEPS, True)[0] for seed in seeds[:3]]
     experiment.record("CIFAR-10 without phase: accuracy", dict(zip(NAMES, zip(*control, strict=True), strict=True)))
+    without = sum(complex_net - real for _, real, complex_net in control) / len(control)
     notes = (
         f"networks of four convolutions, width {WIDTH} (the complex one; 12 has no real match within 2 %), {STEPS} "
         f"steps of 64 images, {REAL_STEPS} on CIFAR-10; AdamW; heads are linear layers, whose magnitude the complex "
-        "network gives. CIFAR-10 is recorded and no criterion: no gain is expected there"
+        "network gives. CIFAR-10 is recorded and no criterion: no gain is expected there. Measured there: "
+        f"{without:+.1f} points over CNNx2 on average, against {gain:+.2f} on the directions; where the gain without "
+        "phase is the larger one, phase is not what it comes from"
     )
     return experiment.evidence(budget, notes)

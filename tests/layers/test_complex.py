@@ -16,6 +16,7 @@ from opsin.errors import BadInput
 from opsin.layers import complex as cx
 from opsin.layers.complex.convert import as_complex
 from opsin.layers.complex.norm import inverse_root, statistics
+from opsin.layers.norm import LayerNorm2d
 
 
 def noise(*shape: int) -> Tensor:
@@ -111,6 +112,35 @@ def test_the_naive_norm_leaves_the_correlation_and_both_parts():
     assert statistics(y, (0, 2, 3))[1][1].abs().max() > 0.1
 
 
+FLAT = {  # parts that are proportional, or nearly: det Cov cancels in float32
+    "one phase at variance 1000": (cx.ComplexBatchNorm(64), lambda: _line(16, 64, 8, 8, scale=1000**0.5)),
+    "two samples of 1x1": (cx.ComplexBatchNorm(512), lambda: 30 * noise(2, 512, 1, 1)),
+    "two channels": (cx.ComplexLayerNorm2d(2), lambda: 30 * noise(4, 2, 32, 32)),
+    "one constant": (cx.ComplexGroupNorm(2, 4), lambda: torch.full((2, 4, 3, 3), 200 + 100j)),
+}
+
+
+def _line(*shape: int, scale: float) -> Tensor:
+    """Complex numbers of one phase."""
+    return scale * torch.randn(*shape) * torch.polar(torch.ones(()), torch.tensor(0.9))
+
+
+@pytest.mark.parametrize("name", list(FLAT))
+def test_whitening_stays_finite_where_the_parts_are_proportional(name):
+    layer, draw = FLAT[name]
+    z = draw().requires_grad_()
+    y = layer(z)
+    y.abs().square().sum().backward()
+    assert torch.view_as_real(y.detach()).isfinite().all() and torch.view_as_real(z.grad).isfinite().all()
+    assert y.abs().square().mean() < 2.1, "more than the unit variance of both parts"
+
+
+def test_proportional_parts_are_whitened_along_their_line():
+    z = _line(64, 1, 4, 4, scale=30.0)
+    y = cx.ComplexBatchNorm(1)(z)
+    assert torch.allclose(y, (z - z.mean()) / (z - z.mean()).abs().square().mean().sqrt(), atol=0.05)
+
+
 @torch.no_grad()
 def test_batch_norm_in_eval_uses_running_statistics():
     layer, z = cx.ComplexBatchNorm(4, momentum=1.0), skewed(16, 4, 6, 6)
@@ -121,6 +151,11 @@ def test_batch_norm_in_eval_uses_running_statistics():
     half(z)
     assert torch.allclose(half.running_mean, layer.running_mean / 2, atol=1e-6)
     assert torch.allclose(half.running_covariance[0, 1], layer.running_covariance[0, 1] / 2, atol=1e-6)
+    usual = cx.ComplexBatchNorm(4)
+    usual(z)
+    assert torch.allclose(usual.running_mean, layer.running_mean / 10, atol=1e-6), "a new batch counts for a tenth"
+    eye = torch.eye(2)[:, :, None]
+    assert torch.allclose(usual.running_covariance, 0.9 * eye + 0.1 * layer.running_covariance, atol=1e-5)
     small = cx.ComplexBatchNorm(4, diagonal=2**-0.5)
     assert small(z).abs().square().mean() == pytest.approx(1.0, abs=1e-3)
 
@@ -283,3 +318,85 @@ def test_the_triple_of_the_comparison():
 def test_layers_without_a_complex_form_are_named():
     with pytest.raises(BadInput, match=r"PReLU\(num_parameters=1\) has no complex form"):
         cx.to_complex(nn.ModuleDict({"attention": nn.PReLU()}))
+
+
+@pytest.mark.parametrize("kind", ["metanet_n(depths=(1, 1, 1, 1), mixer=self_attention)", "twins_svt_small"])
+def test_networks_with_attention_are_refused_in_a_sentence(kind):
+    net = cx.to_complex(opsin.create(kind))
+    with pytest.raises(BadInput, match="scaled_dot_product_attention has no complex form; `to_complex` is for conv"):
+        net(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("layer", [nn.GLU(1), nn.MultiheadAttention(4, 2), nn.InstanceNorm2d(4)])
+def test_real_only_layers_are_refused_at_conversion(layer):
+    with pytest.raises(BadInput, match=f"{type(layer).__name__}.* has no complex form"):
+        cx.to_complex(nn.Sequential(nn.Conv2d(3, 4, 1), layer))
+
+
+class OddLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+class OddNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("layer", [OddLinear(4, 4), OddNorm(4)])
+def test_layers_that_compute_something_else_than_their_base_are_refused(layer):
+    with pytest.raises(BadInput, match=r"Odd.* has no complex form"):
+        cx.to_complex(layer)
+
+
+@pytest.mark.parametrize("layer", [nn.Hardshrink(), nn.LocalResponseNorm(3), nn.Threshold(0.1, 0.0)])
+def test_real_only_functions_are_named_at_the_first_call(layer):
+    with pytest.raises(BadInput, match=r"^(hardshrink|local_response_norm|threshold) has no complex form"):
+        cx.to_complex(nn.Sequential(nn.Conv2d(3, 4, 1), layer))(torch.randn(1, 3, 4, 4))
+
+
+def test_errors_that_have_other_reasons_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="channels"):
+        cx.to_complex(nn.Conv2d(3, 4, 1))(torch.randn(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.Softplus(), nn.SELU(), nn.CELU(), nn.LogSigmoid()])
+def test_more_activations_act_on_both_parts(layer):
+    z = noise(2, 3, 4, 4)
+    assert torch.equal(cx.to_complex(layer, head="real")(z), layer(z.real))
+    assert not cx.to_complex(layer, head="real", activation=torch.zeros_like)(z).any()
+
+
+def test_probabilities_at_the_end_are_those_of_the_magnitude():
+    z = noise(2, 5)
+    assert torch.allclose(cx.to_complex(nn.Softmax(1))(z), z.abs().softmax(1), atol=1e-6)
+    assert torch.allclose(cx.to_complex(nn.LogSoftmax(1))(z), z.abs().log_softmax(1), atol=1e-5)
+
+
+def test_options_of_norms_are_kept():
+    z = skewed(6, 4, 5, 5)
+    bare = cx.to_complex(nn.BatchNorm2d(4, eps=1e-3, momentum=0.3, affine=False, track_running_stats=False)).model
+    assert not [*bare.parameters(), *bare.buffers()] and (bare.eps, bare.momentum) == (1e-3, 0.3)
+    assert torch.equal(bare.eval()(z), bare.train()(z)), "without running statistics eval takes those of the batch"
+    tracked = cx.to_complex(nn.BatchNorm2d(4, affine=False)).model
+    tracked(z)
+    assert len([*tracked.buffers()]) == 2 and not torch.equal(tracked.eval()(z), tracked.train()(z))
+    plain = [nn.LayerNorm(5, elementwise_affine=False), nn.GroupNorm(2, 4, affine=False)]
+    for layer, whole in zip(plain, (cx.ComplexLayerNorm(5), cx.ComplexGroupNorm(2, 4)), strict=True):
+        ours = cx.to_complex(layer).model
+        assert not [*ours.parameters()] and torch.equal(ours(z), whole(z))
+    free = cx.to_complex(nn.LayerNorm(5, bias=False)).model
+    assert [name for name, _ in free.named_parameters()] == ["affine.weight"] and free(z).shape == z.shape
+
+
+def test_the_complex_network_is_where_and_as_precise_as_the_real_one():
+    net = nn.Sequential(network(4, 3), LayerNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 2)).double()
+    ours = cx.to_complex(net)
+    assert {p.dtype for p in ours.parameters()} == {torch.float64, torch.complex128}
+    assert ours(torch.randn(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    half = cx.to_complex(network(4, 3).bfloat16())
+    x = torch.randn(2, 3, 8, 8).bfloat16()
+    assert half(x).isfinite().all() and half.eval()(x).isfinite().all()
+    meta = cx.to_complex(network(4, 3).to("meta"))
+    assert all(t.is_meta for t in (*meta.parameters(), *meta.buffers()))
+    assert meta(torch.randn(2, 3, 8, 8, device="meta")).shape == (2, 8, 4, 4)

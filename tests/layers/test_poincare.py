@@ -1,6 +1,9 @@
 """The Poincare ball: backward passes, identities, numbers of geoopt and hypll, and what its layers promise."""
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -151,8 +154,8 @@ def test_fully_connected_tends_to_a_linear_layer():
     assert torch.allclose(ball.fully_connected(x, z, r, 1e-10), 2 * x @ z - 2 * z.norm(dim=0) * r, atol=1e-5)
     identity = torch.eye(5, dtype=torch.float64) / 2
     assert torch.allclose(ball.fully_connected(x, identity, None, 1e-10), x, atol=1e-6)
-    assert torch.allclose(ball.fully_connected(0.5 * point(8, 5), identity, None, C).norm(dim=-1).max(),
-                          torch.tensor(0.0, dtype=torch.float64), atol=math.inf)  # fmt: skip
+    curved = 0.5 * point(8, 5)
+    assert torch.allclose(ball.fully_connected(curved, identity, None, C), curved, atol=1e-9)
 
 
 def test_the_factor_lambda_is_not_upside_down():
@@ -246,6 +249,33 @@ def test_batch_norm_in_eval_looks_at_no_neighbours():
     assert torch.allclose(norm(v[:2]), trained[:2], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [PoincareBatchNorm2d, FrechetBatchNorm2d])
+def test_a_scale_that_trains_below_zero_counts_by_its_magnitude(kind):
+    v, outputs = torch.randn(6, 4, 5, 3), []
+    for scale in (0.7, -0.7, 0.0):
+        norm = kind(4, C)
+        torch.nn.init.constant_(norm.scale, scale)
+        outputs.append(norm(v))
+        outputs[-1].square().sum().backward()
+        assert norm.scale.grad.isfinite() and outputs[-1].isfinite().all()
+        assert (norm.scale.grad < 0) == (scale < 0), "the gradient leads the magnitude down from either side"
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_points_of_half_precision_vectors_are_single(dtype):
+    v, weight = torch.randn(5, 4).to(dtype), torch.randn(4, 3).to(dtype)
+    y = ball.exp0(v, C)
+    assert torch.equal(y, ball.exp0(v.float(), C))
+    for function in (ball.log0, ball.project, ball.from_distances):
+        assert torch.equal(function(v / 4, C), function((v / 4).float(), C))
+    assert torch.equal(
+        ball.fully_connected(y.to(dtype), weight, weight[0], C),
+        ball.fully_connected(y.to(dtype).float(), weight.float(), weight[0].float(), C),
+    )
+
+
 # hypll 0.1.1, HBatchNorm2d(use_midpoint=True) at c = 0.1 with bias 0.3, -0.2 and scale 1.7, of wave(2, 2, 1, 2) as
 # tangent vectors; log0 of its output.
 HYPLL_NORM = [0.2065099, 0.6313501, 0.4390793, 0.3550127, 0.4344239, -0.0021768, -0.7652311, -0.8432373]
@@ -299,3 +329,57 @@ def test_a_learned_curvature_trains_and_stays_positive():
     assert curvature.free.grad is not None and curvature.free.grad != 0
     with pytest.raises(BadInput, match="curvature=-1 is not positive"):
         PoincareLinear(3, 3, -1)
+
+
+@pytest.mark.parametrize("start", [0, -1, math.nan, math.inf])
+def test_a_curvature_that_is_not_positive_is_refused(start):
+    for build in (ball.LearnedCurvature, lambda c: PoincareLinear(3, 3, c)):
+        with pytest.raises(BadInput, match=f"curvature={start} is not positive and finite"):
+            build(start)
+
+
+@pytest.mark.parametrize("start", [1e-6, 100])
+def test_a_learned_curvature_may_start_anywhere_above_zero(start):
+    curvature = ball.LearnedCurvature(start)
+    assert float(curvature().detach()) == pytest.approx(start, rel=1e-5)
+    layer = PoincareLinear(4, 3, curvature)
+    y = layer(torch.randn(5, 4))
+    y.square().sum().backward()
+    assert y.isfinite().all() and layer.weight.grad.isfinite().all() and curvature.free.grad.isfinite()
+
+
+def saved(p: nn.Parameter) -> nn.Parameter:
+    file = io.BytesIO()
+    torch.save(p, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+class Bias(nn.Module):
+    def __init__(self, p: nn.Parameter):
+        super().__init__()
+        self.p = self.twin = p
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy, copy.copy, lambda p: pickle.loads(pickle.dumps(p)), saved, lambda p: copy.deepcopy(Bias(p)).p,
+    ],
+    ids=["deepcopy", "copy", "pickle", "torch.save", "module"],
+)  # fmt: skip
+def test_copies_of_a_ball_parameter_stay_on_its_ball(copied):
+    p = BallParameter(point(3, 4).detach(), C)
+    q = copied(p)
+    assert isinstance(q, BallParameter) and q.curvature == C and q.requires_grad and torch.equal(p, q)
+    goal, p = point(3, 4).detach(), BallParameter(p.detach().clone(), C)
+    for one in (p, q):
+        ball.square_distance(one, goal, C).sum().backward()
+        RiemannianAdam([one], 0.05).step()
+    assert torch.equal(p, q), "RiemannianAdam moves the copy differently"
+    assert not copied(BallParameter(p.detach(), C, requires_grad=False)).requires_grad
+
+
+def test_a_ball_parameter_in_two_places_is_copied_once():
+    twice = copy.deepcopy(Bias(BallParameter(torch.zeros(3), C)))
+    assert twice.p is twice.twin

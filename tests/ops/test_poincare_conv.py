@@ -68,6 +68,14 @@ def test_without_patches_it_is_the_definition(kernel, stride, curvature):
     assert torch.allclose(conv(x), conv.reference(x), atol=2e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_definition_takes_half_precision():
+    conv, x = stirred(4, 6).bfloat16(), torch.randn(2, 4, 9, 7).bfloat16()
+    y = conv.reference(x)
+    assert y.dtype == torch.bfloat16 and torch.allclose(y, conv(x), atol=0.02, rtol=0.02)
+    assert torch.equal(y, conv.float().reference(x.float()).bfloat16()), "it does not compute in single precision"
+
+
 def test_far_features_stay_finite():
     conv, x = stirred(4, 4), (100 * torch.randn(2, 4, 6, 6)).requires_grad_()
     y = conv(x)

@@ -10,7 +10,7 @@ these and from Mobius addition:
 
 The ratios and the addition have backward passes written by hand, as in Poincare ResNet (van Spengler et al. 2023,
 arXiv:2303.14027, section 3.4): few nodes in the graph, and gradients that are exact at the origin. Points stay a little
-inside the ball: float32 cannot tell them from its border otherwise.
+inside the ball: float32 cannot tell them from its border otherwise. They are float32 at least, whatever comes in.
 """
 
 import math
@@ -120,16 +120,19 @@ def exp0_scale(u: Tensor) -> Tensor:
 
 def exp0(v: Tensor, c: Curvature, dim: int = -1) -> Tensor:
     """A tangent vector at the origin -> the point where its geodesic ends, kept inside the border."""
+    v = precise(v)
     return v * exp0_scale(c * square_norm(v, dim))
 
 
 def log0(y: Tensor, c: Curvature, dim: int = -1) -> Tensor:
     """The inverse of `exp0`."""
+    y = precise(y)
     return y * ratio(c * square_norm(y, dim), _atanh)
 
 
 def project(x: Tensor, c: Curvature, dim: int = -1) -> Tensor:
     """The nearest point inside the border."""
+    x = precise(x)
     return x * ratio(c * square_norm(x, dim), _inside)
 
 
@@ -244,7 +247,7 @@ def from_distances(v: Tensor, c: Curvature, dim: int = -1) -> Tensor:
     With w = sinh(sqrt(c) v) / sqrt(c) the point is w / (1 + sqrt(1 + c|w|^2)), and log0 of it is
     w asinh(sqrt(c)|w|) / (2 sqrt(c)|w|).
     """
-    root = c**0.5
+    root, v = c**0.5, precise(v)
     w = (root * v).clamp(-LARGEST_SINH, LARGEST_SINH).sinh() / root
     return w * ratio(c * square_norm(w, dim), _half_asinh)
 
@@ -253,6 +256,7 @@ def fully_connected(
     x: Float[Tensor, "*b n"], z: Float[Tensor, "n m"], r: Float[Tensor, " m"] | None, c: Curvature
 ) -> Float[Tensor, "*b m"]:
     """The ball's linear layer from its definition: a point to a point."""
+    x, z, r = precise(x), precise(z), None if r is None else precise(r)
     v = signed_distances(x @ z, conformal(x, c), z.norm(dim=0), r, c)
     w = (c**0.5 * v).clamp(-LARGEST_SINH, LARGEST_SINH).sinh() / c**0.5
     return project(w / (1 + (1 + c * square_norm(w, -1)).sqrt()), c)
@@ -267,12 +271,24 @@ def mobius_residual(branch: Tensor, shortcut: Tensor, c: Curvature, dim: int = 1
     return log0(project(mobius_add(x, y, c, dim), c, dim), c, dim).to(branch.dtype)
 
 
+def check_curvature(c: float) -> None:
+    """Raises BadInput where c is not a positive number."""
+    if not 0 < c < math.inf:
+        raise BadInput(f"curvature={c} is not positive and finite; it is c of a ball of curvature -c, such as 0.1")
+
+
 class LearnedCurvature(nn.Module):
-    """c = softplus(free): a curvature that trains and stays positive."""
+    """c = softplus(free): a curvature that trains and stays positive.
+
+    start: the first c. Raises BadInput where it is not positive.
+    """
 
     def __init__(self, start: float = 0.1):
         super().__init__()
-        self.free = nn.Parameter(torch.tensor(float(start)).expm1().log())
+        check_curvature(start)
+        self.free = nn.Parameter(
+            torch.tensor(start + math.log(-math.expm1(-start)))
+        )  # log(exp(start) - 1), no overflow
 
     def forward(self) -> Float[Tensor, ""]:
         return F.softplus(self.free)
@@ -290,8 +306,8 @@ class OnBall(nn.Module):
 
     def __init__(self, curvature: Curved):
         super().__init__()
-        if not isinstance(curvature, nn.Module) and curvature <= 0:
-            raise BadInput(f"curvature={curvature} is not positive; it is c of a ball of curvature -c, such as 0.1")
+        if not isinstance(curvature, nn.Module):
+            check_curvature(curvature)
         self.curvature = curvature
 
     @property

@@ -3,10 +3,11 @@
 Batch normalisation of Poincare ResNet (van Spengler et al. 2023, arXiv:2303.14027, section 3.3): points are moved so
 that their mean m lands on a learned bias point b, and scaled along the geodesics from it:
 
-    y = exp_b( sqrt(scale / (var + eps)) transport_{m -> b}(log_m(x)) ),   var = mean d(x, m)^2
+    y = exp_b( sqrt(|scale| / (var + eps)) transport_{m -> b}(log_m(x)) ),   var = mean d(x, m)^2
 
-with one learned scale. The mean is the midpoint, a closed form, where the Frechet mean needs an iteration. The authors'
-layer uses the batch in eval mode too, so that an image's output depends on its neighbours; here running averages serve.
+with one learned scale, whose magnitude counts: training may take it below 0, where there is no root. The mean is the
+midpoint, a closed form, where the Frechet mean needs an iteration. The authors' layer uses the batch in eval mode too,
+so that an image's output depends on its neighbours; here running averages serve.
 """
 
 from typing import Any, Literal
@@ -90,7 +91,8 @@ class PoincareBatchNorm2d(OnBall):
         else:
             mean, var = exp0(precise(self.running_mean)[:, None, None], c, 0)[None], precise(self.running_var)
         moved = transport(mean, bias, log_map(mean, x, c, 1), c, 1)
-        return log0(exp_map(bias, (precise(self.scale) / (var + self.eps)).sqrt() * moved, c, 1), c, 1).to(v.dtype)
+        scale = precise(self.scale).abs().clamp_min(self.eps)
+        return log0(exp_map(bias, (scale / (var + self.eps)).sqrt() * moved, c, 1), c, 1).to(v.dtype)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:

@@ -5,6 +5,7 @@ follows a geodesic, and the first moment is carried along it. Plain tensors amon
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,23 @@ from opsin.layers.poincare import conformal, exp_map, square_norm, transport
 
 
 class BallParameter(nn.Parameter):
-    """A parameter whose last axis is a point of the ball of curvature -c."""
+    """A parameter whose last axis is a point of the ball of curvature -c; copies and saved ones stay on their ball."""
 
     curvature: float
 
-    def __new__(cls, data: Tensor, curvature: float = 0.1) -> "BallParameter":
-        point = super().__new__(cls, data, True)
+    def __new__(cls, data: Tensor, curvature: float = 0.1, requires_grad: bool = True) -> "BallParameter":
+        point = super().__new__(cls, data, requires_grad)
         point.curvature = curvature
         return point
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BallParameter":
+        return BallParameter(self.detach().clone(), self.curvature, self.requires_grad)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return BallParameter, (self.detach(), self.curvature, self.requires_grad)
+
+
+torch.serialization.add_safe_globals([BallParameter])  # torch.load reads it without weights_only=False
 
 
 class RiemannianAdam(torch.optim.Optimizer):

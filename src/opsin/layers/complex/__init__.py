@@ -1,4 +1,4 @@
-"""Layers on complex tensors, and the conversion of a real network into a complex one.
+"""Layers on complex tensors, and the conversion of a real convolutional network into a complex one.
 
 Chatterjee et al. 2022, "Complex Network for Complex Problems", arXiv:2302.04584; the set follows their package, and
 repairs what is wrong in it (each place says so).

@@ -1,9 +1,11 @@
-"""Any real network as a complex one, and the three networks of a fair comparison.
+"""A real convolutional network as a complex one, and the three networks of a fair comparison.
 
 Layers with parameters are replaced one by one. What has none (activations, pooling, resizing, dropout) is caught where
 the network calls it, whether as a module, a function or a method: on complex tensors it becomes its complex form.
+Attention and gates (GLU) have no such form here.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,14 +28,17 @@ CONVOLUTIONS = {
     nn.ConvTranspose3d: linear.ComplexConvTranspose3d,
 }  # fmt: skip
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-ACTIVATIONS = frozenset(
-    ("relu", "relu_", "relu6", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish", "hardtanh")
-)
+ACTIVATIONS = frozenset((
+    "relu", "relu_", "relu6", "gelu", "silu", "leaky_relu", "elu", "mish", "hardswish", "hardtanh", "softplus", "selu",
+    "celu", "log_sigmoid",
+))  # fmt: skip
 BY_PARTS = frozenset((
     *(f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)),
     "interpolate", "sigmoid", "hardsigmoid",
 ))  # fmt: skip
 DROPOUTS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"))
+NO_FORM = (nn.GLU, nn.MultiheadAttention, nn.modules.instancenorm._InstanceNorm)
+REAL_ONLY = re.compile("not (implemented|supported) for '?complex|does not support complex", re.IGNORECASE)
 Activation = Callable[[Tensor], Tensor]
 Input = Literal["zero", "fft", "analytic", "pairs"]
 Head = Literal["magnitude", "real"]
@@ -43,6 +48,7 @@ class ComplexFunctions(TorchFunctionMode):
     """While active, functions that PyTorch has for real tensors only do their complex form on complex ones.
 
     activation: what every activation becomes; None for itself on both parts (ReLU becomes CReLU).
+    Raises BadInput where a function has no complex form.
     """
 
     def __init__(self, activation: Activation | None = None):
@@ -66,36 +72,52 @@ class ComplexFunctions(TorchFunctionMode):
         if name in DROPOUTS:
             kwargs.pop("inplace", None)
             return z * func(torch.ones_like(z.real), *rest, **kwargs)
-        if name == "softmax":
+        if name in ("softmax", "log_softmax"):
             return func(magnitude(z), *rest, **kwargs)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if not REAL_ONLY.search(str(error)):
+                raise
+            raise BadInput(
+                f"{name.strip('_')} has no complex form; `to_complex` is for convolutional networks, so take one "
+                "without it"
+            ) from error
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it computes what `kind` does."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def complex_layer(module: nn.Module) -> nn.Module | None:
     """The complex form of a layer with parameters, freshly initialised; None where there is none."""
-    kind = next((k for k in CONVOLUTIONS if isinstance(module, k) and type(module).forward is k.forward), None)
+    kind = next((k for k in CONVOLUTIONS if _plain(module, k)), None)
     if kind is not None:
         options = {name: getattr(module, name) for name in GEOMETRY} | {"bias": module.bias is not None}
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             options["output_padding"] = module.output_padding
         return CONVOLUTIONS[kind](**options)
-    if isinstance(module, nn.Linear):
+    if _plain(module, nn.Linear):
         return linear.ComplexLinear(module.in_features, module.out_features, module.bias is not None)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return ComplexBatchNorm(module.num_features, module.eps, 0.1 if module.momentum is None else module.momentum)
-    if isinstance(module, LayerNorm2d):
-        return ComplexLayerNorm2d(module.normalized_shape, module.eps)
-    if isinstance(module, nn.LayerNorm):
-        return ComplexLayerNorm(module.normalized_shape, module.eps)
-    if isinstance(module, nn.GroupNorm):
-        return ComplexGroupNorm(module.num_groups, module.num_channels, module.eps)
+    if isinstance(module, nn.SyncBatchNorm) or _plain(module, nn.modules.batchnorm._BatchNorm):
+        momentum = 0.1 if module.momentum is None else module.momentum
+        return ComplexBatchNorm(
+            module.num_features, module.eps, momentum, affine=module.affine,
+            track_running_stats=module.track_running_stats,
+        )  # fmt: skip
+    for real, ours in ((LayerNorm2d, ComplexLayerNorm2d), (nn.LayerNorm, ComplexLayerNorm)):
+        if _plain(module, real):
+            return ours(module.normalized_shape, module.eps, module.elementwise_affine, module.bias is not None)
+    if _plain(module, nn.GroupNorm):
+        return ComplexGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
     return None
 
 
 def _required(module: nn.Module) -> nn.Module | None:
-    """Its complex form, or None to look inside. Raises BadInput where a layer with parameters has none."""
+    """Its complex form, or None to look inside. Raises BadInput where a layer that needs one has none."""
     layer, leaf = complex_layer(module), next(module.children(), None) is None
-    if layer is None and leaf and next(module.parameters(), None) is not None:
+    if isinstance(module, NO_FORM) or (layer is None and leaf and next(module.parameters(), None) is not None):
         raise BadInput(
             f"{type(module).__name__}({module.extra_repr()}) has no complex form; replace it by convolutions, linear "
             "layers or batch, layer or group norms first"
@@ -108,7 +130,9 @@ def as_complex(x: Float[Tensor, "n c h w"], how: Input) -> Tensor:
 
     "zero": imaginary part 0. "fft": its unitary Fourier transform. "analytic": the analytic signal along the rows,
     without negative frequencies. "pairs": the channels' first half is the real part, the second the imaginary one.
+    Half precision becomes single, as in the network's weights.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if how == "pairs":
         return torch.complex(*x.chunk(2, 1))
     if how == "fft":
@@ -137,20 +161,24 @@ class ComplexNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with ComplexFunctions(self.activation):
             z = self.model(x if x.is_complex() else as_complex(x, self.input))
+        if not z.is_complex():  # probabilities are real
+            return z
         return magnitude(z) if self.head == "magnitude" else z.real
 
 
 def to_complex(
     model: nn.Module, input: Input = "zero", head: Head = "magnitude", activation: Activation | None = None
 ) -> ComplexNetwork:
-    """A complex network of the same architecture, with fresh weights; the original is left alone.
+    """A complex network of the same convolutional architecture, with fresh weights; the original is left alone.
+
+    The weights are where the original's are, in complex128 for float64 and else in complex64.
 
     Args:
         input: how real inputs become complex, see `as_complex`. With "pairs" build the model for half of the channels.
         head: the output's magnitude, or its real part.
         activation: a complex activation (`ModReLU(...)`, `torch.tanh`) for every real one;
             None for the same one on both parts.
-    Raises BadInput where a layer has no complex form.
+    Raises BadInput where a layer has no complex form; of functions without one (attention) the first call says so.
     """
     return ComplexNetwork(with_layers_replaced(model, _required)[0], input, head, activation)
 

@@ -75,10 +75,12 @@ class PoincareConv2d(OnBall):
         """The definition, patch by patch, on the ball."""
         n, _, height, width = x.shape
         size = [(side - 1) // self.stride + 1 for side in (height, width)]
-        patches = F.unfold(self.shrink * x, self.kernel_size, padding=self.kernel_size // 2, stride=self.stride)
+        patches = F.unfold(
+            self.shrink * precise(x), self.kernel_size, padding=self.kernel_size // 2, stride=self.stride
+        )
         points = exp0(patches.transpose(1, 2), self.c)
         y = fully_connected(points, self.weight.flatten(1).T, self.bias, self.c)
-        return log0(y, self.c).transpose(1, 2).reshape(n, -1, *size)
+        return log0(y, self.c).transpose(1, 2).reshape(n, -1, *size).to(x.dtype)
 
     def extra_repr(self) -> str:
         out, inside = self.weight.shape[:2]
