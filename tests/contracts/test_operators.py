@@ -86,6 +86,19 @@ def bfloat16(build: Build) -> None:
     assert error < 0.05, f"bfloat16 is off by {error:.3f}"
 
 
+def autocast(build: Build) -> None:
+    """Under bfloat16 autocast it trains, on float32 maps and on the bfloat16 maps of a layer before it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        op, x = stirred(build(SIZE)), image().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = op(x)
+        assert y.shape == op(x.float()).shape and y.isfinite().all()
+        y.float().square().mean().backward()
+        grads = {"the input": x.grad} | {name: p.grad for name, p in op.named_parameters()}
+        wrong = [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()]
+        assert not wrong, f"from {dtype} maps, no finite gradient reaches {wrong}"
+
+
 def exports(build: Build) -> None:
     """torch.export gives a program with the same outputs, for any batch size."""
     op, x = stirred(build(SIZE)).eval(), image()
@@ -196,6 +209,7 @@ ALWAYS = (
     gradients,
     independent_samples,
     bfloat16,
+    autocast,
     exports,
     round_trip,
     follows_training,
@@ -279,6 +293,11 @@ class OnlyFloat32(Good):
         return super().forward(x) + torch.zeros(1, dtype=torch.float32)
 
 
+class AddsInPlace(Good):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_add_(0, torch.arange(len(x)), super().forward(x))
+
+
 class BranchesOnValues(Good):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if float(x.sum()) > 0 else -x)
@@ -331,7 +350,7 @@ class KeepsUntilCounted(Good):
 
 BROKEN = [
     (returns_maps, LosesPositions), (returns_maps, OnlyEvenSides), (keeps_shape, Shrinks), (keeps_shape, OnlyEvenSides),
-    (gradients, DropsAParameter), (independent_samples, MixesSamples), (bfloat16, OnlyFloat32),
+    (gradients, DropsAParameter), (independent_samples, MixesSamples), (bfloat16, OnlyFloat32), (autocast, AddsInPlace),
     (exports, BranchesOnValues), (exports, FreezesTheBatch), (round_trip, UnsavedTensor),
     (follows_training, KeepsUntilCounted),
     (matches_reference, AnotherFastPath), (matches_reference, AnotherGradient), (matches_reference, StaleInEval),

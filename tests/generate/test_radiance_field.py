@@ -109,3 +109,17 @@ def test_a_ball_is_learned():
     fit_scene(field, pictures, places, 12.0, near=2.0, far=4.0, steps=150, lr=3e-3, batch=200, samples=16)
     seen = render_image(field, places[1], (10, 10), 12.0, 2.0, 4.0, samples=16)
     assert F.mse_loss(seen, pictures[1]) < 0.25 * pictures[1].var(correction=0)
+
+
+def test_another_device(monkeypatch):
+    """The meta device stands for any but the CPU; its tensors have no values to be read."""
+    monkeypatch.setattr(Tensor, "isfinite", lambda self: True)
+    field = RadianceField("time", (5,), **SMALL).to("meta")
+    poses, images = torch.eye(4)[None, :3].repeat(2, 1, 1), torch.rand(2, 3, 5, 6)
+    fit_scene(field, images, poses, 6.0, near=2.0, far=4.0, times=torch.tensor([0.0, 1.0]), steps=2, samples=4)
+    assert field.density.weight.grad.is_meta
+    seen = render_image(field, poses[0], (5, 6), 6.0, 2.0, 4.0, samples=4, time=0.5)
+    assert seen.is_meta and seen.shape == (3, 5, 6)
+    rays = camera_rays(poses[0].to("meta"), 5, 6, 6.0)
+    assert rays.directions.is_meta
+    assert render(RadianceField("space", (5,), **SMALL).to("meta"), rays, 2.0, 4.0, jitter=True).is_meta

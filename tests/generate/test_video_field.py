@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import opsin
 from opsin.errors import BadInput
+from opsin.generate import video_field
 from opsin.generate.video_field import (
     VideoField,
     at_times,
@@ -104,6 +105,18 @@ def test_it_learns_a_clip_and_its_bits_are_counted():
     stored, coded = coded_bits(field)
     assert stored == 6 * (count_params(field) - heads) + 8 * heads and 0 < coded < stored
     assert all(p.grad is not None and p.grad.any() for p in field.parameters())
+
+
+def test_another_device(monkeypatch):
+    """The meta device stands for any but the CPU; its tensors have no values to be read."""
+    monkeypatch.setattr(Tensor, "isfinite", lambda self: True)
+    monkeypatch.setattr(Tensor, "item", lambda self: 1.0)
+    monkeypatch.setattr(video_field, "frame_loss", lambda frame, target: F.mse_loss(frame, target))
+    field = VideoField(**SMALL).to("meta")
+    assert fit_video(field, clip(), epochs=1) is field
+    assert all(p.grad.is_meta for p in field.parameters())
+    video = field.video(6)
+    assert video.is_meta and video.shape == (6, 3, 24, 32)
 
 
 def test_complaints_are_sentences():

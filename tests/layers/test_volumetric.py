@@ -48,3 +48,15 @@ def test_what_has_no_form_is_named_and_shared_layers_stay_shared():
     new = volumetric(net, inflated)
     assert new[0] is new[1] and net[0] is conv
     assert isinstance(with_layers_replaced(conv, inflated)[0], nn.Conv3d)
+
+
+@torch.no_grad()
+def test_networks_in_double_and_without_numbers():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).double()
+    nn.init.uniform_(net[1].running_mean)
+    solid, x = volumetric(net.eval(), inflated), torch.randn(1, 2, 6, 6, dtype=torch.float64)
+    y = solid(x[:, :, None].expand(-1, -1, 3, -1, -1))
+    assert torch.allclose(y[:, :, 0], net(x), rtol=1e-12, atol=1e-12), "nothing passed through single precision"
+    assert inflated(net[0]).weight.dtype == torch.float64
+    empty = volumetric(net.to("meta"), inflated)
+    assert {t.device.type for t in empty.state_dict().values()} == {"meta"}

@@ -20,6 +20,7 @@ from opsin.ops.conv.apriori_separable_conv import (
     equal_rank,
     pair_ranks,
 )
+from opsin.ops.conv.depthwise import DepthwiseConv
 
 SIZES = ((11,), (11, 9), (9, 7, 8))
 PLAIN = (F.conv1d, F.conv2d, F.conv3d)
@@ -151,3 +152,13 @@ def test_complaints_are_sentences():
         opsin.create("apriori_separable_conv", dim=8, form="pair")
     with pytest.raises(UnknownName, match="shared"):
         compress_a_priori(nn.Conv2d(2, 2, 3), "share")
+
+
+def test_layers_that_compute_something_of_their_own_stay():
+    class Doubled(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4, 4, 3), DepthwiseConv(4, 3))
+    new = compress_a_priori(net)
+    assert [type(layer) is type(old) for layer, old in zip(new, net, strict=True)] == [False, True, False]

@@ -210,3 +210,12 @@ def test_complaints_are_sentences():
         deform_conv2d(x, torch.zeros(1, 18, 3, 3), weight, mask=torch.ones(1, 18, 3, 3))
     with pytest.raises(BadInput, match="3 offset groups"):
         deform_conv2d(x, torch.zeros(1, 54, 3, 3), weight)
+
+
+@pytest.mark.parametrize("form", ["full", "modulated", "bounded", "square"])
+def test_training_under_autocast(form):
+    layer, x = CodesignDeformConv(8, form), torch.randn(2, 8, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().square().sum().backward()
+    assert torch.allclose(y.float(), layer(x), atol=0.05) and torch.isfinite(x.grad).all()

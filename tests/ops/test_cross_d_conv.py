@@ -210,7 +210,7 @@ def test_the_network_for_volumes_has_the_kernels_and_the_statistics():
 
 def test_resnet18_by_name():
     with torch.device("meta"):
-        net, plain = opsin.create("crossd_resnet18"), opsin.create("resnet18")
+        net, plain = opsin.create("crossd_resnet18_in1k"), opsin.create("resnet18")
     flat = {n: m for n, m in plain.named_modules() if isinstance(m, nn.Conv2d)}
     ours = {n: m for n, m in net.named_modules() if isinstance(m, CrossDConv2d)}
     assert flat.keys() == ours.keys() and len(ours) == 20
@@ -218,3 +218,21 @@ def test_resnet18_by_name():
         k = flat[name].kernel_size[0]
         assert m.weights_3d.numel() == k * flat[name].weight.numel() and m.stride == flat[name].stride
     assert opsin.create("crossd_resnet18_rin", depths=(1,), dims=(4,)).fc.out_features == 165
+
+
+def test_networks_in_double_and_without_numbers():
+    plain = opsin.create("resnet", depths=(1, 1), dims=(4, 6), num_classes=3).double()
+    net = convert(plain).eval()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    solid = to_3d(net).forward_features(x[:, :, None].expand(-1, -1, 8, -1, -1))
+    assert net(x).dtype == solid.dtype == torch.float64
+    assert net.conv1.weights_3d.dtype == torch.float64
+    empty = convert(plain.to("meta"))
+    assert {t.device.type for t in (*empty.state_dict().values(), *to_3d(empty).state_dict().values())} == {"meta"}
+    conv = nn.Conv3d(4, 6, 3, padding=1).double()
+    assert CrossDConv2d.from_conv3d(conv).rotation_params[0].weight.dtype == torch.float64
+
+
+def test_kernels_start_by_what_goes_out():
+    weights = CrossDConv2d(8, 128, 3).weights_3d
+    assert float(weights.detach().std()) == pytest.approx(math.sqrt(2 / (128 * 27)), rel=0.05)

@@ -1,13 +1,19 @@
 """EvoNorm's layers: timm's numbers, the formulas' limits, running statistics, and swapping them into networks."""
 
+import importlib.util
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import opsin
 from opsin.backbones.metanet import MetaNet
+from opsin.catalog import card_of
+from opsin.catalog.cards import claim_file, evidence_file
 from opsin.errors import BadInput
 from opsin.layers import LayerNorm2d
+from opsin.measure.evidence import Experiment
 from opsin.ops.normact.evonorm import FORMS, EvoNorm, EvoNormB0, EvoNormS0, evolve, evonorm, fitting_groups
 
 EPS = {"b0": 1e-3, "s0a": 1e-3, "s1a": 1e-3, "s2a": 1e-3}
@@ -159,6 +165,9 @@ def test_groups_that_fit():
 def test_complaints_are_sentences():
     with pytest.raises(BadInput, match="groups=32 does not divide the 48 channels"):
         opsin.create("evonorm_s0", dim=48)
+    for groups in (0, -2):
+        with pytest.raises(BadInput, match=f"groups={groups} does not divide the 8 channels"):
+            opsin.create("evonorm", dim=8, groups=groups)
     with pytest.raises(BadInput, match="form='b9' is no EvoNorm"):
         opsin.create("evonorm", dim=8, form="b9")
     with pytest.raises(BadInput, match="groups=4 means nothing to EvoNorm B0"):
@@ -230,3 +239,41 @@ def test_weight_decay_spares_its_vectors():
 
     (group,) = parameter_groups(EvoNormB0(4), 0.1)
     assert group["weight_decay"] == 0.0 and len(group["params"]) == 3
+
+
+@pytest.fixture
+def claim():
+    """The claim's module."""
+    spec = importlib.util.spec_from_file_location("claim_of_evonorm", claim_file(card_of("evonorm")))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("bn", "held"), [([6.0, 5.0, 7.0], True), ([-1.0, -2.0, -1.5], None), ([3.0, -3.0, 0.5], None), ([6.0], None)]
+)
+def test_what_s0_keeps_counts_only_where_batch_norm_loses(claim, bn, held):
+    experiment = Experiment("evonorm", "")
+    claim.small_batches(
+        experiment, {"BN-ReLU": bn, "B0": [9.0, 8.0, 9.5][: len(bn)], "S0": [-5.0, -4.0, -4.5][: len(bn)]}
+    )
+    assert [c.held for c in experiment.criteria] == [held] * 3
+    assert all(bool(c.note) == (held is None) for c in experiment.criteria)
+
+
+def test_the_evidence_at_small_batches_follows_from_its_numbers(claim):
+    record = json.loads(evidence_file(card_of("evonorm")).read_text())
+    runs = {
+        n: record["numbers"][f"{n}: accuracy in percent by batch size, {claim.SMALL_IMAGES} images"]
+        for n in ("BN-ReLU", "B0", "S0")
+    }
+    losses = {n: [a - b for a, b in zip(r["64"], r["4"], strict=True)] for n, r in runs.items()}
+    experiment = Experiment("evonorm", "")
+    claim.small_batches(experiment, losses)
+    found = {c["name"]: c for c in record["criteria"]}
+    for criterion in experiment.criteria:
+        assert found[criterion.name]["held"] == criterion.held and found[criterion.name]["note"] == criterion.note
+        assert found[criterion.name]["value"] == pytest.approx(criterion.value)
+    assert claim.gained(losses) in record["notes"]

@@ -145,7 +145,37 @@ def test_it_stands_in_for_a_convolution():
         assert count_macs(Im2winConv2d(6, 3, 2, out_dim=10), x) == count_macs(nn.Conv2d(6, 10, 3, 2, 1), x)
 
 
+def test_autocast_is_obeyed_as_by_a_convolution():
+    plain, ours = nn.Conv2d(6, 10, 3, padding=1), Im2winConv2d(6, out_dim=10)
+    ours.load_state_dict(plain.state_dict())
+    for x in (torch.randn(2, 6, 8, 9), torch.randn(2, 6, 8, 9).bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = ours(x), plain(x)
+        assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), expected.float(), atol=0.03)
+        (gradient,) = torch.autograd.grad(y.float().sum(), ours.weight)
+        (other,) = torch.autograd.grad(expected.float().sum(), plain.weight)
+        assert gradient.dtype == torch.float32 and torch.allclose(gradient, other, rtol=0.02, atol=0.2)
+    tensors = [t.double() for t in (x, *ours.parameters())]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert im2win_conv2d(*tensors).dtype == F.conv2d(*tensors).dtype == torch.float64
+        assert im2win_conv2d(x, ours.weight, backend="triton").dtype == torch.bfloat16
+
+
+def test_no_images_are_a_batch():
+    for backend in ("plain", "triton"):
+        op, x = Im2winConv2d(3, out_dim=5, backend=backend), torch.empty(0, 3, 8, 9, requires_grad=True)
+        y = op(x)
+        assert y.shape == (0, 5, 8, 9)
+        y.sum().backward()
+        assert x.grad.shape == x.shape and not op.weight.grad.any() and not op.bias.grad.any()
+
+
 def test_complaints_are_sentences(monkeypatch):
+    with pytest.raises(BadInput, match='padding="same" is not in pixels'):
+        Im2winConv2d(2, padding="same")
+    for shape in ((8, 2, 8), (1, 3, 8, 8)):
+        with pytest.raises(BadInput, match=rf"of C = 2 channels, not a tensor of {'x'.join(map(str, shape))}"):
+            Im2winConv2d(2)(torch.randn(shape))
     with pytest.raises(BadInput, match="5x5 window does not fit into a map of 4x6"):
         Im2winConv2d(2, 5, padding=0)(torch.randn(1, 2, 4, 6))
     with pytest.raises(UnknownName, match="cuda"):

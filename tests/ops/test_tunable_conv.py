@@ -191,3 +191,11 @@ def test_complaints_are_sentences():
     set_control(layer, torch.rand(3, 2))
     with pytest.raises(BadInput, match="differs between samples"):
         copy.deepcopy(layer).fuse()
+
+
+def test_a_bank_of_one_kernel_with_one_number_is_the_layer_itself():
+    layer = nn.Conv2d(3, 1, 3)
+    x = torch.randn(2, 3, 8, 8)
+    tunable = make_tunable(nn.Sequential(layer), controls=1)
+    tunable[0].control.fill_(1.0)
+    assert torch.isfinite(tunable(x)).all() and torch.equal(tunable[0].bias[0], layer.bias)

@@ -192,3 +192,23 @@ def test_complaints_are_sentences():
         TVConv(4, (9, 7))(torch.randn(1, 4, 8, 7))
     with pytest.raises(BadInput, match="kernel_size=4 is even"):
         TVConv(4, (9, 7), kernel_size=4)
+
+
+@pytest.mark.parametrize(("stride", "side"), [(3, 9), (3, 10), (4, 8), (4, 12), (5, 7)])
+def test_large_strides_train(stride, side):
+    x = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    out = (side - 1) // stride + 1
+    weight = torch.randn(3, 9, out, out, dtype=torch.float64, requires_grad=True)
+    fast, plain = translation_variant_conv(x, weight, stride=stride), unfolded_sum(x, weight, stride)
+    assert torch.allclose(fast, plain)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (x, weight)) for y in (fast, plain))
+    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_filters_kept_under_autocast_are_those_of_float32():
+    layer, x = TVConv(4, (6, 6)).eval(), torch.randn(1, 4, 6, 6)
+    layer.uncache()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        assert torch.equal(layer(x), TVConv.forward(copy.deepcopy(layer).train(), x))

@@ -123,18 +123,19 @@ def test_buffers_of_zeros_are_never_averaged():
 def test_an_outlier_leaves_no_trace_in_the_window(filtered):
     norm = waved(outlier_filtration=filtered)
     for step in range(1, 10):
-        if step == 9:
-            before = norm.running_var.clone()
+        before, average = norm.running_var.clone(), norm.ema_gz.clone()
         y, _ = take_step(norm, step)
     x = wave(2, 3, 2, phase=9.0) * 1.45 * 30
     slot = 9 % 4
     if filtered:
         assert torch.equal(norm.buffer_x2[slot], before)
         assert torch.allclose(y, plain(x, norm.weight, norm.bias), atol=1e-4)
-        assert torch.equal(norm.buffer_gz[slot], norm.buffer_gz[slot]) and int(norm.skip_counter) == 1
+        assert torch.equal(norm.buffer_gz[slot], average) and int(norm.skip_counter) == 1
+        assert torch.allclose(norm.running_var, 0.9 * before + 0.1 * x.square().mean((0, 1))), "as in the official code"
     else:
         assert torch.allclose(norm.buffer_x2[slot], x.square().mean((0, 1)))
-        assert not torch.allclose(y, plain(x, norm.weight, norm.bias), atol=1e-1) and not norm.skip_counter
+        assert not torch.equal(norm.buffer_gz[slot], average) and not norm.skip_counter
+        assert not torch.allclose(y, plain(x, norm.weight, norm.bias), atol=1e-1)
 
 
 def test_padding_does_not_count():
@@ -209,9 +210,18 @@ def test_layer_norms_of_any_network_are_replaced():
     weight = model["tokens"].weight.detach().clone()
     assert unify_norms(model, warmup=7) == 3
     assert torch.equal(model["tokens"].weight, weight) and model["tokens"].warmup == 7
+    assert model["tokens"].eps == model["map"].eps == 1e-5, "the paper's, not the 1e-6 of a map's layer norm"
     assert [model[n].channels_last for n in ("tokens", "map", "bare")] == [True, False, True]
     assert not model["bare"].weight.requires_grad
     assert type(model["whole"]) is nn.LayerNorm and type(model["batch"]) is nn.BatchNorm2d
+
+
+def test_complaints_are_sentences():
+    for window in (0, (4, 0), (4,), -1):
+        with pytest.raises(BadInput, match="is not possible; take a number of batches from 1"):
+            UnifiedNorm(4, window=window)
+    with pytest.raises(BadInput, match="itself a layer norm"):
+        unify_norms(nn.LayerNorm(4))
 
 
 def test_networks_with_channels_last_inside_train_and_fold():

@@ -1,5 +1,6 @@
 """TrAct: the official gradients, the least squares that they solve, and hooks that leave no trace."""
 
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -242,3 +243,76 @@ def test_complaints_are_sentences():
     for call in (lambda: FirstLayerHook(nn.ReLU()), lambda: first_layer(nn.ReLU(), torch.ones(1))):
         with pytest.raises(BadInput, match="this network has none"):
             call()
+
+
+def frozen() -> nn.Module:
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+class Doubled(nn.Conv2d):
+    """Computes something of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_layers_whose_weight_does_not_learn_by_itself():
+    x = torch.randn(2, 3, 6, 6)
+    with pytest.raises(BadInput, match="Conv2d is frozen"):
+        TrActHook(frozen())
+    FirstLayerHook(net := nn.Sequential(frozen()))
+    with pytest.raises(BadInput, match="Conv2d is frozen"):
+        net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+    for layer in (old, nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))):
+        for call in (tract, TrActHook):
+            with pytest.raises(BadInput, match="computed from other tensors"):
+                call(layer)
+
+
+def test_a_forward_of_its_own_is_not_replaced():
+    layer = nn.Conv2d(3, 4, 3)
+    layer.forward = lambda x: x
+    for own in (layer, Doubled(3, 4, 3)):
+        with pytest.raises(BadInput, match="a forward of its own"):
+            tract(own)
+    again = tract(tract(nn.Conv2d(3, 4, 3)), 0.2)
+    assert type(again) is TrActConv2d and again.lam == 0.2
+    assert type(tract(nn.Conv2d(3, 4, 3))) is type(tract(type("Named", (nn.Conv2d,), {})(3, 4, 3)))
+
+
+def test_forwards_without_a_backward_leave_no_trace():
+    layer, x = nn.Linear(4, 2), torch.randn(10, 4)
+    expected = gradients(tract(layer), x)[0]
+    hook = TrActHook(layer)
+    for _ in range(5):
+        layer(3 * x)
+    assert not hook.inputs
+    assert torch.equal(gradients(layer, x)[0], expected)
+    other = (3 * x).requires_grad_()
+    torch.autograd.grad(layer(other).sum(), other)  # a backward pass that stops at the input
+    assert torch.equal(gradients(layer, x)[0], expected) and not hook.inputs
+    torch.autograd.grad(layer(other).sum(), other)
+    plain = gradients(nn.Linear(4, 2), x)[0]
+    assert torch.equal(gradients(layer.eval(), x)[0], plain), "evaluation has plain gradients, whatever went before"
+
+
+def test_no_images_are_a_batch():
+    for layer, shape in ((nn.Conv2d(3, 4, 3), (0, 3, 6, 6)), (nn.Linear(4, 2), (0, 4))):
+        assert not gradients(tract(layer), torch.empty(shape))[0].any()
+        TrActHook(layer)
+        assert not gradients(layer, torch.empty(shape))[0].any()
+
+
+def test_the_recommended_penalties():
+    assert opsin.create("tract").lam == 0.1 and tract(nn.Linear(2, 2)).lam == TrActHook(nn.Linear(2, 2)).lam == 0.1
+    assert opsin.create("tract_l0_05").lam == 0.05 and opsin.create("tract_l0_2").lam == 0.2
+    recipe, net, x = opsin.create("tract_l0_05"), nn.Sequential(nn.Linear(4, 2)), torch.randn(10, 4)
+    expected = gradients(tract(net[0], 0.05), x)[0]
+    recipe.on_fit_start(None, net)
+    net(x)
+    assert torch.equal(gradients(net[0], x)[0], expected)

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import opsin
+from opsin.catalog import card_of
 from opsin.deploy import fuse
 from opsin.errors import BadInput
 from opsin.layers.conv_bn import FoldedConv, conv_norm_pairs, fold, tune, untune
@@ -291,3 +293,12 @@ def test_freezing_spares_norms_without_statistics():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.Dropout())
     freeze_norms(model)
     assert [m.training for m in model] == [False, True, True]
+
+
+@pytest.mark.parametrize(("images", "size", "ratio"), [(1, 224, 2.61), (8, 128, 1.33), (8, 224, 0.80), (32, 224, 0.60)])
+def test_bytes_kept_of_resnet18_are_what_the_card_says(images, size, ratio):
+    model, x = opsin.create("resnet18").to("meta"), torch.empty(images, 3, size, size, device="meta")
+    nets = [in_mode(model, mode) for mode in ("tune", "eval")]
+    tune, plain = (saved_bytes(partial(net, x), [x, *net.parameters(), *net.buffers()]) for net in nets)
+    assert tune / plain == pytest.approx(ratio, abs=0.005)
+    assert f"{ratio:.2f} at {images} x {size}" in card_of("tune_mode_convbn").facts["memory"]

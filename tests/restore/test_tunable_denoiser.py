@@ -196,3 +196,18 @@ def test_complaints_are_sentences():
         modulated(Dncnn(2, 2), 2)
     with pytest.raises(BadInput, match="no convolution"):
         modulated(nn.Linear(2, 2))
+
+
+def test_an_objective_may_depend_on_the_control():
+    def weaker(out: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
+        return mse(out, clean + (1 - control[:, :1, None, None]) * (noisy - clean))
+
+    out, noisy, clean = torch.randn(3, 2, 1, 4, 4)
+    loss, control = ParametricMultiLoss([weaker]), torch.tensor([[0.25], [1.0]])
+    targets = torch.stack((clean[0] + 0.75 * (noisy[0] - clean[0]), clean[1]))
+    expected = (control[:, 0] * mse(out, targets)).mean()
+    assert torch.allclose(loss(out, noisy, clean, control=control), expected)
+    with pytest.raises(BadInput, match="depends on the control"):
+        loss.balance(out, noisy, clean)
+    loss.balance(out, noisy, clean, control=control)
+    assert torch.allclose(loss.scales, 1 / mse(out, targets).mean())

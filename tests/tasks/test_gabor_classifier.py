@@ -199,3 +199,9 @@ def test_complaints_are_sentences():
         classifier(budget=0)
     with pytest.raises(BadInput, match="scales="):
         classifier(scales=(1.5,))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.7, 0.9, 1.0])
+def test_the_boxes_of_every_scale_reach_all_corners(scale):
+    boxes = grid_boxes([scale])
+    assert boxes.amin(0)[:2].tolist() == [0, 0] and torch.allclose(boxes.amax(0)[2:], torch.ones(2))

@@ -35,6 +35,6 @@ class CrossDResNet(ResNet):
 
 
 VARIANTS = {
-    "crossd_resnet18": {},
+    "crossd_resnet18_in1k": {},
     "crossd_resnet18_rin": dict(num_classes=165),
 }

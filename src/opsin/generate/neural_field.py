@@ -144,7 +144,12 @@ class SignalField(NeuralField):
         super().__init__(encoding, layers, channels, nn.Identity())
 
     def signal(self, length: int) -> Float[Tensor, "length k"]:
-        return self.values(torch.linspace(0, 1, length)[:, None])
+        return self.values(torch.linspace(0, 1, length, device=self.last.weight.device)[:, None])
+
+
+def device_of(field: nn.Module) -> torch.device:
+    """Where the weights of a field are."""
+    return next(field.parameters()).device
 
 
 def parameter_groups(field: nn.Module, lr: float) -> list[dict[str, Any]]:
@@ -161,15 +166,17 @@ def fit_field(
 ) -> nn.Module:  # fmt: skip
     """Adam on half the mean square error; the rate falls to a tenth at a half and at three quarters of the steps.
 
-    points: coordinates drawn for each step; None for all. on_step: told the step and its loss.
-    Raises TrainingFailed where the loss is not a number.
+    points: coordinates drawn for each step; None for all. on_step: told the step and its loss. It trains where the
+    field is. Raises TrainingFailed where the loss is not a number.
     """
+    device = device_of(field)
+    places, values = places.to(device), values.to(device)
     groups = [group for group in parameter_groups(field, lr) if group["params"]]
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [steps // 2, steps * 3 // 4], 0.1)
     draw = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        rows = slice(None) if points is None else torch.randint(len(places), (points,), generator=draw)
+        rows = slice(None) if points is None else torch.randint(len(places), (points,), generator=draw).to(device)
         loss = 0.5 * F.mse_loss(field(places[rows]), values[rows])
         if not loss.isfinite():
             raise TrainingFailed(f"the loss of the field is {loss.item()} at step {step}; take a smaller lr than {lr}")
@@ -183,11 +190,13 @@ def fit_field(
 
 def fit_image(
     image: str | Path | Float[Tensor, "c h w"], *, every: int = 1, steps: int = 2000, lr: float = 1e-3,
-    points: int | None = 16384, seed: int = 0, on_step: Callable[[int, float], None] = lambda *_: None, **options: Any,
+    points: int | None = 16384, seed: int = 0, on_step: Callable[[int, float], None] = lambda *_: None,
+    device: torch.device | str | None = None, **options: Any,
 ) -> ImageField:  # fmt: skip
     """A field of an image file, or of an image in [0, 1]. `options` are those of `ImageField`.
 
     every: learn from every so many-th pixel of both axes (2 in the paper, which tests on all); points: pixels per step.
+    device: where the field is and learns; an image's own, and the CPU for a file, if left out.
     Raises BadInput for files that are no image, and for options that fields do not have.
     """
     picture = image if isinstance(image, Tensor) else read_image(image)
@@ -197,6 +206,7 @@ def fit_image(
         field = ImageField(channels=channels, size=(height, width), **options)
     except TypeError as error:
         raise BadInput(f"an image field cannot be built with {options}: {error}") from error
+    field.to(picture.device if device is None else device)
     places = pixel_centres(height, width).view(height, width, 2)[::every, ::every].flatten(0, 1)
     values = picture.float()[:, ::every, ::every].flatten(1).T
     points = None if points is None or points >= len(places) else points
@@ -207,16 +217,20 @@ def fit_image(
 def fit_signal(
     signal: Float[Tensor, "n k"], *, steps: int = 2000, lr: float = 1e-3, seed: int = 0, **options: Any
 ) -> SignalField:
-    """A field of a signal of n samples over [0, 1]. `options` are those of `SignalField`."""
+    """A field of a signal of n samples over [0, 1], on its device. `options` are those of `SignalField`."""
     torch.manual_seed(seed)
-    field = SignalField(channels=signal.shape[1], **options)
+    field = SignalField(channels=signal.shape[1], **options).to(signal.device)
     fit_field(field, torch.linspace(0, 1, len(signal))[:, None], signal, steps=steps, lr=lr)
     return field.eval()
 
 
 def save_field(field: ImageField, path: str | Path, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes an image field with its settings as .safetensors, by default in half precision."""
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in field.state_dict().items()}
+    """Writes an image field with its settings as .safetensors, by default in half precision.
+
+    The frequencies stay in float32: they are few, and an error of one is multiplied by 2 pi times the coordinate.
+    """
+    kinds = {name: torch.float32 if name == "encoding.proj" else dtype for name in field.state_dict()}
+    state = {name: tensor.to(kinds[name]).contiguous() for name, tensor in field.state_dict().items()}
     save_file(state, path, metadata={"image_field": json.dumps(field.settings)})
     return Path(path)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput, TrainingFailed
-from opsin.generate.neural_field import FieldLayer, Octaves, parameter_groups
+from opsin.generate.neural_field import FieldLayer, Octaves, device_of, parameter_groups
 from opsin.ops.normact.cam_neural_field import Modulation, TriPlane
 
 Coordinate = Literal["space", "view", "time"]
@@ -103,7 +103,8 @@ def camera_rays(pose: Float[Tensor, "3 4"], height: int, width: int, focal: floa
 
     focal: in pixels.
     """
-    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    rows, columns = (torch.arange(side, device=pose.device) + 0.5 for side in (height, width))
+    rows, columns = torch.meshgrid(rows, columns, indexing="ij")
     towards = torch.stack(((columns - width / 2) / focal, (height / 2 - rows) / focal, -torch.ones_like(rows)), -1)
     directions = F.normalize(towards.flatten(0, 1) @ pose[:, :3].T, dim=1)
     return Rays(pose[:, 3].expand_as(directions), directions)
@@ -124,11 +125,11 @@ def render(
     background: float = 1.0,
 ) -> Float[Tensor, "n 3"]:  # fmt: skip
     """Colours of rays between two distances, on a plain background. jitter: one random place per stratum, to train."""
-    count = len(rays.origins)
-    within = torch.rand(count, samples) if jitter else torch.full((count, samples), 0.5)
-    edges = near + (far - near) * torch.arange(samples + 1) / samples
+    count, device = len(rays.origins), rays.origins.device
+    within = torch.rand(count, samples, device=device) if jitter else torch.full((count, samples), 0.5, device=device)
+    edges = near + (far - near) * torch.arange(samples + 1, device=device) / samples
     places = edges[:-1] + (edges[1:] - edges[:-1]) * within
-    lengths = torch.diff(places, append=torch.full((count, 1), far))
+    lengths = torch.diff(places, append=torch.full((count, 1), far, device=device))
     points = rays.origins[:, None] + places[..., None] * rays.directions[:, None]
     views = rays.directions[:, None].expand_as(points).flatten(0, 1)
     times = None if rays.times is None else rays.times.repeat_interleave(samples, 0)
@@ -142,11 +143,12 @@ def render_image(
     field: RadianceField, pose: Float[Tensor, "3 4"], size: tuple[int, int], focal: float, near: float, far: float,
     samples: int = 64, time: float | None = None, rays_at_once: int = 1024,
 ) -> Float[Tensor, "3 h w"]:  # fmt: skip
-    """A picture of the scene from a pose."""
-    rays = camera_rays(pose, *size, focal)
+    """A picture of the scene from a pose, on the field's device."""
+    device = device_of(field)
+    rays = camera_rays(pose.to(device), *size, focal)
     if time is not None:
-        rays.times = torch.full((len(rays.origins), 1), time)
-    parts = torch.arange(len(rays.origins)).split(rays_at_once)
+        rays.times = torch.full((len(rays.origins), 1), time, device=device)
+    parts = torch.arange(len(rays.origins), device=device).split(rays_at_once)
     return torch.cat([render(field, rays[rows], near, far, samples) for rows in parts]).T.unflatten(1, size)
 
 
@@ -157,19 +159,20 @@ def fit_scene(
 ) -> RadianceField:  # fmt: skip
     """Trains on pictures in [0, 1] with known poses: random rays of all, mean square error, Adam, a cosine cycle.
 
-    Raises TrainingFailed for a loss that is not a number.
+    It trains where the field is. Raises TrainingFailed for a loss that is not a number.
     """
     height, width = images.shape[2:]
-    views = [camera_rays(pose, height, width, focal) for pose in poses]
+    device = device_of(field)
+    views = [camera_rays(pose, height, width, focal) for pose in poses.to(device)]
     rays = Rays(torch.cat([v.origins for v in views]), torch.cat([v.directions for v in views]))
     if times is not None:
-        rays.times = times.repeat_interleave(height * width)[:, None]
-    target = images.permute(0, 2, 3, 1).reshape(-1, 3)
+        rays.times = times.to(device).repeat_interleave(height * width)[:, None]
+    target = images.to(device).permute(0, 2, 3, 1).reshape(-1, 3)
     optimiser = torch.optim.Adam([group for group in parameter_groups(field, lr) if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     torch.manual_seed(seed)
     for step in range(steps):
-        rows = torch.randint(len(target), (batch,))
+        rows = torch.randint(len(target), (batch,), device=device)
         loss = F.mse_loss(render(field, rays[rows], near, far, samples, jitter=True), target[rows])
         if not loss.isfinite():
             raise TrainingFailed(f"the loss of the scene is {loss.item()} at step {step}; take a smaller lr than {lr}")

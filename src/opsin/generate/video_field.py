@@ -147,11 +147,11 @@ class VideoField(nn.Module):
     @torch.no_grad()
     def video(self, length: int, batch: int = 4) -> Float[Tensor, "length 3 h w"]:
         """All frames of a video of this length: first each one's own, then blended with what its neighbours show."""
-        times = torch.arange(length) / length
-        said = [self(part) for part in times.split(batch)]
+        index = torch.arange(length, device=self.grids[0].device)
+        said = [self(times) for times in (index / length).split(batch)]
         own = torch.cat([frames.own for frames in said])
-        index = torch.arange(length).split(batch)
-        return torch.cat([f.blended(neighbours_of(own, i, self.neighbours))[1] for f, i in zip(said, index)])
+        parts = zip(said, index.split(batch))
+        return torch.cat([frames.blended(neighbours_of(own, i, self.neighbours))[1] for frames, i in parts])
 
 
 def at_times(grid: Float[Tensor, "length c h w"], times: Float[Tensor, " n"]) -> Float[Tensor, "n c h w"]:
@@ -164,7 +164,7 @@ def at_times(grid: Float[Tensor, "length c h w"], times: Float[Tensor, " n"]) ->
 
 def neighbours_of(own: Float[Tensor, "l 3 h w"], index: Tensor, offsets: Sequence[int]) -> Float[Tensor, "n a 3 h w"]:
     """Frames at these offsets from each index; black beyond the ends."""
-    places = index[:, None] + torch.tensor(offsets)
+    places = index[:, None] + torch.tensor(offsets, device=index.device)
     inside = (places >= 0) & (places < len(own))
     return own[places.clamp(0, len(own) - 1)] * inside[..., None, None, None]
 
@@ -182,19 +182,20 @@ def fit_video(
 ) -> VideoField:  # fmt: skip
     """Trains a field on a video in [0, 1], frame by frame, with Adam and a cosine after a fifth of warm-up.
 
-    The own and the fetched frame count a tenth each beside the final one; neighbours are as they were last seen.
+    The own and the fetched frame count a tenth each beside the final one; neighbours are as they were last seen. It
+    trains where the field is.
     Raises BadInput where the frames are not of the field's size, TrainingFailed for a loss that is not a number.
     """
     if tuple(frames.shape[2:]) != field.size:
         raise BadInput(f"the field makes frames of {field.size}, and the video has {tuple(frames.shape[2:])}")
-    length = len(frames)
+    frames, length = frames.to(field.grids[0].device), len(frames)
     optimiser = torch.optim.Adam(field.parameters(), lr, betas=(0.5, 0.999))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * length, pct_start=0.2)
     seen, order = torch.zeros_like(frames), torch.Generator().manual_seed(seed)
     field.train()
     for epoch in range(epochs):
         total = 0.0
-        for i in torch.randperm(length, generator=order).split(1):
+        for i in torch.randperm(length, generator=order).to(frames.device).split(1):
             said, target = field(i / length), frames[i]
             seen[i] = said.own.detach()
             fetched, final = said.blended(neighbours_of(seen, i, field.neighbours))

@@ -61,6 +61,8 @@ def realised(layer: Layer, grad: Tensor, inputs: list[Tensor], lam: float) -> Te
     flat = grad.flatten(1).unflatten(0, (groups, -1))
     flat = flat.to(torch.promote_types(grad.dtype, torch.float32))
     count = sum(rows_of(layer, x) for x in inputs)
+    if count == 0:
+        return grad
     parts = (rows(layer, part).to(flat) for x in inputs for part in _parts(layer, x))
     if count < flat.shape[2]:
         new = by_woodbury(flat, torch.cat(list(parts), 1), lam)
@@ -161,10 +163,16 @@ WRAPPERS = {nn.Linear: TrActLinear, nn.Conv1d: TrActConv1d, nn.Conv2d: TrActConv
 def tract(layer: nn.Module, lam: float = LAMBDA) -> nn.Module:
     """A drop-in layer with the same parameters and names: `net.conv1 = tract(net.conv1)`.
 
-    Raises BadInput for layers other than linear ones and convolutions, and lambda <= 0.
+    Raises BadInput for layers other than linear ones and convolutions, for those whose forward or weight is not the
+    usual one, and lambda <= 0.
     """
     _check(layer, lam)
     kind = next(kind for kind in WRAPPERS if isinstance(layer, kind))
+    if "forward" in vars(layer) or not _computes_as(type(layer), (kind, WRAPPERS[kind])):
+        raise BadInput(
+            f"{type(layer).__name__} has a forward of its own, which tract() would replace; keep the layer and take "
+            "TrActHook or the recipe tract"
+        )
     new = WRAPPERS[kind].__new__(WRAPPERS[kind])
     new.__dict__.update(layer.__dict__)
     new._parameters = dict(layer._parameters)
@@ -175,7 +183,18 @@ def tract(layer: nn.Module, lam: float = LAMBDA) -> nn.Module:
 def _check(layer: nn.Module, lam: float) -> None:
     if not isinstance(layer, tuple(WRAPPERS)):
         raise BadInput(f"TrAct is for a linear layer or a 1-D to 3-D convolution, not for {type(layer).__name__}")
+    if "weight" not in layer._parameters:
+        raise BadInput(
+            f"the weight of this {type(layer).__name__} is computed from other tensors (weight_norm, pruning, ...), "
+            "but TrAct needs a parameter; take the reparametrisation off first"
+        )
     _check_positive(lam)
+
+
+def _computes_as(kind: type, others: tuple[type, ...]) -> bool:
+    """Whether a class of layers computes what one of the others computes."""
+    names = ("forward", "_conv_forward")
+    return any(all(getattr(kind, n, None) is getattr(other, n, None) for n in names) for other in others)
 
 
 def _check_positive(lam: float) -> None:
@@ -184,22 +203,40 @@ def _check_positive(lam: float) -> None:
 
 
 class TrActHook:
-    """TrAct on an existing layer: no module is replaced and no name changes. `remove()` ends it."""
+    """TrAct on an existing layer: no module is replaced and no name changes. `remove()` ends it.
+
+    Raises BadInput for layers other than linear ones and convolutions, a weight that is frozen or computed from other
+    tensors, and lambda <= 0.
+    """
 
     def __init__(self, layer: nn.Module, lam: float = LAMBDA):
         _check(layer, lam)
+        if not layer.weight.requires_grad:
+            raise BadInput(
+                f"the weight of this {type(layer).__name__} is frozen, and TrAct changes how it learns; "
+                "leave TrAct out, or let the weight have gradients"
+            )
         self.layer, self.lam = layer, lam
         self.inputs: list[Tensor] = []
-        self.handles = [layer.register_forward_pre_hook(self.see), layer.weight.register_hook(self.change)]
+        self.backward = -1
+        self.handles = [layer.register_forward_hook(self.see), layer.weight.register_hook(self.change)]
 
-    def see(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Keeps what the layer is applied to, until the gradient comes."""
-        if layer.training and torch.is_grad_enabled():
-            self.inputs.append(args[0].detach())
+    def see(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Has the input noted when a gradient comes back to the output; until then the graph alone holds it."""
+        if layer.training and output.requires_grad:
+            x = args[0].detach()
+            output.register_hook(lambda grad: self.note(x))
+
+    def note(self, x: Tensor) -> None:
+        """Keeps what the layer was applied to in the backward pass that runs now."""
+        if self.backward != torch._C._current_graph_task_id():
+            self.backward, self.inputs = torch._C._current_graph_task_id(), []
+        self.inputs.append(x)
 
     def change(self, grad: Tensor) -> Tensor:
         inputs, self.inputs = self.inputs, []
-        return realised(self.layer, grad, inputs, self.lam) if inputs else grad
+        here = self.backward == torch._C._current_graph_task_id()
+        return realised(self.layer, grad, inputs, self.lam) if here and inputs else grad
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -210,7 +247,8 @@ class TrActHook:
 class FirstLayerHook:
     """TrAct on whichever layer of a network is the first to be applied, found in its next forward pass.
 
-    Raises BadInput where the network has no linear layer and no convolution.
+    Raises BadInput where the network has no linear layer and no convolution; that forward pass raises it where the
+    layer found is none for a `TrActHook`.
     """
 
     def __init__(self, network: nn.Module, lam: float = LAMBDA):
@@ -225,7 +263,6 @@ class FirstLayerHook:
         if self.hook is None:
             self._stop()
             self.hook = TrActHook(layer, self.lam)
-            self.hook.see(layer, args)
 
     def _stop(self) -> None:
         for handle in self.waiting:

@@ -45,7 +45,7 @@ def cube(size: Any) -> tuple[int, ...]:
 
 def _norm(norm: nn.BatchNorm2d) -> nn.BatchNorm3d:
     new = nn.BatchNorm3d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    new.load_state_dict(norm.state_dict())
+    new.load_state_dict(norm.state_dict(), assign=True)
     return new
 
 
@@ -87,7 +87,7 @@ def inflated(conv: nn.Module) -> nn.Conv3d | None:
         return None
     new = nn.Conv3d(
         conv.in_channels, conv.out_channels, cube(conv.kernel_size), cube(conv.stride), cube(pixels_of_padding(conv)),
-        cube(conv.dilation), conv.groups, conv.bias is not None,
+        cube(conv.dilation), conv.groups, conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype,
     )  # fmt: skip
     depth = new.kernel_size[0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tune mode: fine-tuning with frozen batch-norm statistics at the memory and time of a network without batch norms.
+"""Tune mode: fine-tuning with frozen batch-norm statistics that are folded into the convolutions at every step.
 
 You et al. 2023, "Efficient ConvBN Blocks for Transfer Learning and Beyond", arXiv:2305.11624 (section 3). A convolution
 with a batch norm behind it, y = BN(conv(x; w, b)), can run in four modes:
@@ -8,8 +8,10 @@ with a batch norm behind it, y = BN(conv(x; w, b)), can run in four modes:
     Deploy  w' = s w is computed once and becomes the parameter, s = gamma / sqrt(v + eps)
     Tune    w' = s w is computed at every step from w, gamma and beta, which stay the parameters
 
-Tune gives what Eval gives, values and gradients, and keeps one map less per block. Deploy is as cheap, but its gradient
-lacks the factor s: a step on w' is one on w scaled by 1 / s^2, and s differs a hundredfold between channels.
+Tune gives what Eval gives, values and gradients. It keeps one map less per block but the folded weights w' more, so it
+pays where maps are larger than weights: bytes kept for backward, Tune over Eval, are 2.61 for ResNet-18 on 1 image of
+224 pixels, 1.33 on 8 of 128, 0.80 on 8 of 224 and 0.60 on 32 of 224; for MobileNetV2 0.77 on 1 and 0.66 on 32 of 224.
+Deploy's gradient lacks the factor s: a step on w' is one on w scaled by 1 / s^2, channel by channel.
 """
 
 import copy

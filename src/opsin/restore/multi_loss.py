@@ -9,6 +9,7 @@ lambda only brings the objectives to one scale.
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Literal
 
 import torch
@@ -31,7 +32,8 @@ class ParametricMultiLoss(nn.Module):
     """Draws controls, and mixes the objectives with them.
 
     Args:
-        objectives: p functions (output, *targets) -> (n,).
+        objectives: p functions (output, *targets) -> (n,). One that depends on the control itself (a target whose
+            strength is set) has a parameter named `control`, and gets those of the samples, (n, p).
         space: "cube", w in [0, 1]^p, or "simplex", w >= 0 that sum to 1.
         corners: the part of the draws that lies on corners: of the cube all but 0, of the simplex the pure objectives.
     Raises BadInput (no objective, a part outside [0, 1]), UnknownName (space).
@@ -50,6 +52,7 @@ class ParametricMultiLoss(nn.Module):
         if space not in SPACES:
             raise UnknownName("space of controls", space, SPACES)
         self.objectives, self.space, self.corners = list(objectives), space, corners
+        self.turned = [_has_control(objective) for objective in self.objectives]
         self.register_buffer("scales", torch.ones(len(self.objectives)))
 
     def draw(self, count: int, generator: Generator | None = None) -> Float[Tensor, "n p"]:
@@ -65,21 +68,26 @@ class ParametricMultiLoss(nn.Module):
         at_corner = torch.rand(count, 1, generator=generator) < self.corners
         return torch.where(at_corner, corner, inside).to(self.scales.device)
 
-    def values(self, output: Tensor, *targets: Tensor) -> Float[Tensor, "n p"]:
-        """Every objective of every sample, as it is."""
-        return torch.stack([objective(output, *targets) for objective in self.objectives], 1)
+    def values(
+        self, output: Tensor, *targets: Tensor, control: Float[Tensor, "n p"] | None = None
+    ) -> Float[Tensor, "n p"]:
+        """Every objective of every sample, as it is. Raises BadInput: one needs the control, and there is none."""
+        if control is None and any(self.turned):
+            raise BadInput("an objective depends on the control; give control=")
+        given = ({"control": control} if turned else {} for turned in self.turned)
+        return torch.stack([objective(output, *targets, **how) for objective, how in zip(self.objectives, given)], 1)
 
     @torch.no_grad()
-    def balance(self, output: Tensor, *targets: Tensor) -> None:
+    def balance(self, output: Tensor, *targets: Tensor, control: Float[Tensor, "n p"] | None = None) -> None:
         """Sets lambda so that on these outputs all objectives are 1 on average. Raises BadInput where one is 0."""
-        means = self.values(output, *targets).mean(0)
+        means = self.values(output, *targets, control=control).mean(0)
         if not (means > 0).all():
             raise BadInput(f"the objectives are {means.tolist()} here; scales need all of them above 0")
         self.scales.copy_(1 / means)
 
     def forward(self, output: Tensor, *targets: Tensor, control: Float[Tensor, "n p"]) -> Float[Tensor, ""]:
         """The mixed loss, averaged over samples."""
-        return (control * self.scales * self.values(output, *targets)).sum(1).mean()
+        return (control * self.scales * self.values(output, *targets, control=control)).sum(1).mean()
 
     def step(
         self, model: nn.Module, image: Tensor, *targets: Tensor, generator: Generator | None = None
@@ -88,3 +96,10 @@ class ParametricMultiLoss(nn.Module):
         control = self.draw(len(image), generator).to(image)
         with controlled(model, control):
             return self(model(image), *targets, control=control)
+
+
+def _has_control(objective: Objective) -> bool:
+    try:
+        return "control" in signature(objective).parameters
+    except ValueError:  # a builtin that tells nothing
+        return False

@@ -43,7 +43,7 @@ def grid_boxes(scales: Sequence[float]) -> Float[Tensor, "r 4"]:
         raise BadInput(f"scales={tuple(scales)}; take parts of the image's side, above 0 and up to 1")
     boxes = []
     for scale in scales:
-        starts = torch.linspace(0, 1 - scale, 2 * round(1 / scale) - 1)
+        starts = torch.linspace(0, 1 - scale, 1 if scale == 1 else max(2, 2 * round(1 / scale) - 1))
         y, x = torch.cartesian_prod(starts, starts).view(-1, 2).T
         boxes.append(torch.stack((x, y, x + scale, y + scale), 1))
     return torch.cat(boxes)
@@ -148,7 +148,7 @@ class TwoBranch(nn.Module):
         which, box = (tried.detach() > 0.5).nonzero(as_tuple=True)
         if len(which):
             texture = self.texture(cut_out(images, which, self.boxes[box], self.side))
-            features = features.index_add(0, which, texture * tried[which, box, None])
+            features = features.index_add(0, which, (texture * tried[which, box, None]).to(features.dtype))
         return self.head(features), decided
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:

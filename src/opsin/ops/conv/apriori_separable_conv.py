@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from opsin.errors import BadInput, UnknownName
 from opsin.layers.replace import with_layers_replaced
+from opsin.ops.conv.depthwise import DepthwiseConv
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -288,8 +289,8 @@ def compress_a_priori(model: nn.Module, form: str = "pairs", rank: int | None = 
 
 
 def _compressible(module: nn.Module, form: str) -> bool:
-    if not isinstance(module, nn.Conv2d | nn.Conv3d) or isinstance(module.padding, str):
-        return False
+    if type(module) not in (nn.Conv2d, nn.Conv3d, DepthwiseConv) or isinstance(module.padding, str):
+        return False  # other subclasses compute something of their own
     wide = sum(side > 1 for side in module.kernel_size) >= 2 and module.padding_mode == "zeros"
     return wide and (form == "pairs" or module.groups == 1)
 

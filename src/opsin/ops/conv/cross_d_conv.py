@@ -174,7 +174,7 @@ class CrossDConv2d(nn.Module):
         new = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], padding[1:],
             conv.dilation[1:], conv.groups, conv.bias is not None,
-        )  # fmt: skip
+        ).to(conv.weight)  # fmt: skip
         with torch.no_grad():
             new.weights_3d.copy_(conv.weight)
             if conv.bias is not None:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from opsin.errors import BadInput
+from opsin.layers.precision import without_autocast
 
 Pair = tuple[int, int]
 
@@ -174,7 +175,8 @@ def fast_deform_conv2d(
     else:
         filters = weight.reshape(groups, -1, weight.shape[1], taps).permute(3, 0, 2, 1)
     filters = filters.contiguous().to(share.dtype)
-    y = TapSum.apply(table, row.reshape(taps, -1, 4), share.reshape(taps, -1, 4), filters)
+    with without_autocast(x.device.type):
+        y = TapSum.apply(table, row.reshape(taps, -1, 4), share.reshape(taps, -1, 4), filters)
     return y.view(n, *size, -1).permute(0, 3, 1, 2).to(x.dtype)
 
 

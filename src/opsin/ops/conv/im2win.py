@@ -192,6 +192,16 @@ class Im2winFunction(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast all three in its type, but for float64, as PyTorch's own convolution takes them."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+    return x, weight, bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+
+
 def im2win_conv2d(
     x: Float[Tensor, "n c h w"], weight: Float[Tensor, "m c t u"], bias: Float[Tensor, " m"] | None = None,
     stride: Pair = (1, 1), padding: Pair = (0, 0), backend: Backend = "auto",
@@ -199,17 +209,22 @@ def im2win_conv2d(
     """`F.conv2d` without groups and dilation.
 
     backend: "plain" multiplies views of the channels-last windows, "triton" runs the tiled kernel, "auto" takes the
-    kernel on CUDA. On the meta device the definition runs, so that its multiplications are counted.
-    Raises BadInput: the window does not fit, or the kernel cannot run. UnknownName: the backend.
+    kernel on CUDA. On the meta device the definition runs, so that its multiplications are counted. Autocast is obeyed.
+    Raises BadInput: the maps do not fit the filters, the window does not fit, or the kernel cannot run. UnknownName:
+    the backend.
     """
     if backend not in BACKENDS:
         raise UnknownName("backend", backend, BACKENDS)
+    if x.ndim != 4 or x.shape[1] != weight.shape[1]:
+        shape = "x".join(map(str, x.shape))
+        raise BadInput(f"im2win takes maps (N, C, H, W) of C = {weight.shape[1]} channels, not a tensor of {shape}")
     if backend == "triton":
         require_kernel(x)
-    if x.is_meta:
-        return im2col_conv2d(x, weight, bias, stride, padding)
+    x, weight, bias = _cast(x, weight, bias)
     if torch.compiler.is_compiling():
         return _plain(x, weight, bias, stride, padding)
+    if x.is_meta or len(x) == 0:
+        return im2col_conv2d(x, weight, bias, stride, padding)
     kernel = backend == "triton" or (backend == "auto" and kernel_wanted(x))
     return Im2winFunction.apply(x, weight, bias, stride, padding, kernel)
 
@@ -222,6 +237,7 @@ class Im2winConv2d(nn.Conv2d):
         padding: zeros on each side, by default half of the kernel ('same' at stride 1 for odd kernels).
         out_dim: M, by default as many as come in.
         backend: see `im2win_conv2d`.
+    Raises BadInput: padding is a word. UnknownName: the backend.
     """
 
     def __init__(
@@ -230,6 +246,8 @@ class Im2winConv2d(nn.Conv2d):
     ):  # fmt: skip
         kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         same = (kernel[0] // 2, kernel[1] // 2)
+        if isinstance(padding, str):
+            raise BadInput(f'padding="{padding}" is not in pixels; give a number, or nothing for half of the kernel')
         super().__init__(dim, out_dim or dim, kernel, stride, same if padding is None else padding, bias=bias)
         if backend not in BACKENDS:
             raise UnknownName("backend", backend, BACKENDS)

@@ -89,7 +89,9 @@ class Tunable(nn.Module):
             for bank, given in ((self.weight, weight), (self.bias, bias)):
                 if bank is not None and given is not None:
                     deviation = bank - bank.mean(0)
-                    bank.copy_(given + deviation * (given.std(correction=0) / deviation.std().clamp_min(1e-12)))
+                    bank.copy_(
+                        given + deviation * (given.std(correction=0) / deviation.std(correction=0).clamp_min(1e-12))
+                    )
 
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         if self.control.ndim != 1:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from opsin.errors import BadInput
 from opsin.layers.kept import Source
+from opsin.layers.precision import without_autocast
 
 CACHED_BYTES = 2**20  # part of a map that all taps pass over before the next part, about a core's own cache
 
@@ -82,7 +83,7 @@ def _phases(x: Float[Tensor, "n c h w"], weight: Tensor, stride: int) -> Float[T
     side = round(weight.shape[1] ** 0.5)
     ends = []
     for size, out in zip(x.shape[:1:-1], weight.shape[:1:-1]):  # width first, as F.pad wants it
-        needed = stride * (out - 1) + side
+        needed = max(stride * (out - 1) + side, size + side // 2)
         ends += [side // 2, -(-needed // stride) * stride - size - side // 2]
     return F.pixel_unshuffle(F.pad(x, ends).contiguous(), stride).unflatten(1, (-1, stride, stride))
 
@@ -96,8 +97,10 @@ def _taps(weight: Tensor, stride: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
 
 
 def _parts(out: Float[Tensor, "n c h w"]) -> list[slice]:
-    """Groups of channels that stay in the cache while all taps pass over them."""
+    """Groups of channels that stay in a processor's cache while all taps pass over them."""
     samples, channels, *_ = out.shape
+    if not out.is_cpu:
+        return [slice(None)]
     step = max(1, CACHED_BYTES // (samples * out.shape[2:].numel() * out.element_size()))
     return [slice(first, first + step) for first in range(0, channels, step)]
 
@@ -186,7 +189,7 @@ class TVConv(nn.Module):
 
     def cache(self) -> None:
         """Generates the filters and keeps them for inference; they are no part of the state."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.posi_map.device.type):
             weight, bias = self.generate()
         self.register_buffer("cached_weight", weight, persistent=False)
         self.register_buffer("cached_bias", bias, persistent=False)

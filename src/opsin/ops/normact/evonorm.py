@@ -156,7 +156,7 @@ class EvoNormS(EvoNorm):
     """A layer of one sample: `gate(x)` over a statistic of groups of channels.
 
     groups: 32 in the paper; without a number the most that divide `dim`, up to 32, with two channels or more in each.
-    Raises BadInput where the groups do not divide the channels.
+    Raises BadInput where the groups do not divide the channels, or are none.
     """
 
     statistic: Callable[[Map, int], Float[Tensor, "n g 1"]] = staticmethod(group_var)
@@ -164,7 +164,7 @@ class EvoNormS(EvoNorm):
     def __init__(self, dim: int, groups: int | None = None, eps: float | None = None, apply_act: bool = True):
         super().__init__(dim, eps, apply_act)
         self.groups = fitting_groups(dim) if groups is None else groups
-        if dim % self.groups:
+        if self.groups < 1 or dim % self.groups:
             raise BadInput(f"groups={groups} does not divide the {dim} channels; take a divisor, or leave it out")
 
     def parts(self, x: Map) -> tuple[Map, Float[Tensor, "n c 1 1"]]:

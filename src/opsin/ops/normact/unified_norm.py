@@ -9,8 +9,10 @@ statistics by a moving average (section 3.2):
     dL/dx = (g - c z) / sqrt(v_t + eps),   g = r gamma dL/dy,   c = average of mean(g z),   r = sqrt(v_t / running)
 
 A batch whose moments leave the others behind (arithmetic less geometric mean beyond a threshold, section 3.3) goes
-without smoothing and leaves no trace. At inference y is an affine map per channel with the running moment, which the
-Linear or 1x1 convolution behind it swallows. Names of parameters and buffers follow the official repository.
+without smoothing, and stays out of the windows. The running moment takes it in all the same, as in the official code:
+one batch of 100 times the contrast makes it a thousand times as large, and inference gives far too small values until
+about a hundred steps later. At inference y is an affine map per channel with the running moment, which the Linear or
+1x1 convolution behind it swallows. Names of parameters and buffers follow the official repository.
 """
 
 from typing import Any
@@ -34,11 +36,12 @@ class UnifiedNorm(nn.Module):
         dim: channels.
         window: M, batches that are smoothed over; one number, or (forward, backward). 1 is plain batch statistics.
         warmup: steps before smoothing begins (4000 in the paper).
-        outlier_filtration: whether outlying batches go without smoothing (images: on, text: off).
+        outlier_filtration: whether outlying batches go without smoothing (images: on, text: off); they enter the
+            running moment either way.
         momentum: what the running moment and the gradient's average keep per step.
         scale_warmup: steps before r may differ from 1.
         channels_last: the channels of a four-dimensional input are in its last axis.
-    Raises BadInput where a padding mask does not fit.
+    Raises BadInput for a window below 1, and where a padding mask does not fit.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class UnifiedNorm(nn.Module):
         eps: float = 1e-5, momentum: float = 0.9, scale_warmup: int = 1000, channels_last: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.windows = (window, window) if isinstance(window, int) else (window[0], window[1])
+        self.windows = (window, window) if isinstance(window, int) else tuple(window)
+        if len(self.windows) != 2 or min(self.windows) < 1:
+            raise BadInput(f"window={window} is not possible; take a number of batches from 1, or (forward, backward)")
         self.dim, self.warmup, self.outlier_filtration = dim, warmup, outlier_filtration
         self.eps, self.momentum, self.channels_last = eps, momentum, channels_last
         self.scale_warmup = max(scale_warmup, warmup)
@@ -156,13 +161,16 @@ def unify_norms(
 ) -> int:
     """Puts a `UnifiedNorm` in the place of every layer norm over the channels, in place; returns how many.
 
-    Gains and offsets are taken over; the running moments are yet to be trained. Layer norms over several axes stay.
+    Gains and offsets are taken over, eps is not (1e-5, as in the paper); the running moments are yet to be trained.
+    Layer norms over several axes stay. Raises BadInput where the model is itself a layer norm.
     """
+    if isinstance(model, nn.LayerNorm):
+        raise BadInput("the model is itself a layer norm and cannot be replaced in place; build a UnifiedNorm instead")
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and len(m.normalized_shape) == 1]
     for name, norm in found:
         unified = UnifiedNorm(
-            norm.normalized_shape[0], window, warmup, outlier_filtration, norm.eps,
-            scale_warmup=scale_warmup, channels_last=not isinstance(norm, LayerNorm2d),
+            norm.normalized_shape[0], window, warmup, outlier_filtration, scale_warmup=scale_warmup,
+            channels_last=not isinstance(norm, LayerNorm2d),
         )  # fmt: skip
         for ours, theirs in ((unified.weight, norm.weight), (unified.bias, norm.bias)):
             if theirs is None:
