@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import studentized_range
+from scipy.stats import spearmanr, studentized_range
 
 import opsin
 from opsin.train.comparison import Comparison
@@ -57,21 +57,46 @@ def record(comparison: Comparison) -> dict[str, Any]:
         "settings": comparison.settings.fixed, "seeds": comparison.settings.seeds,
         "seconds_of_training": round(seconds), "frontier": [row.model for row in frontier(comparison.ranking)],
         "scores": scores, "ranking": rows,
-        "smallest_difference": smallest_difference([score["val"] for score in scores], comparison.settings.seeds),
+        **uncertainty(scores, comparison.settings.seeds), **rank_correlations(rows),
     }  # fmt: skip
 
 
-def smallest_difference(scores: Sequence[float], seeds: Sequence[int]) -> float:
+def uncertainty(scores: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """What it takes to tell two apart, with and without the model that seeds move most, and the share of each."""
+    table = np.asarray([score["val"] for score in scores]).reshape(-1, len(seeds))
+    squares = (unexplained(table) ** 2).sum(1)
+    shares = {score["model"]: round(float(s / squares.sum()), 3) for score, s in zip(scores[:: len(seeds)], squares)}
+    return {
+        "smallest_difference": smallest_difference(table), "shares_of_unexplained": shares,
+        "smallest_difference_without_largest_share": smallest_difference(np.delete(table, squares.argmax(), 0)),
+    }  # fmt: skip
+
+
+def unexplained(table: np.ndarray) -> np.ndarray:
+    """What neither its model nor its seed explains of every score."""
+    return table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+
+
+def smallest_difference(table: np.ndarray) -> float:
     """Tukey's honestly significant difference between two means, seeds as blocks: 95 % for all pairs together.
 
-    One interval per pair, as `compare` prints them, would be wrong for about one in twenty of so many pairs.
+    One interval per pair, as `compare` prints them, would be wrong for about one in twenty of so many pairs. It takes
+    the models for equally sensitive to seeds.
     """
-    table = np.asarray(scores).reshape(-1, len(seeds))
-    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     models, blocks = table.shape
     freedom = (models - 1) * (blocks - 1)
-    error = np.sqrt((rest**2).sum() / freedom / blocks)
+    error = np.sqrt((unexplained(table) ** 2).sum() / freedom / blocks)
     return float(studentized_range.ppf(0.95, models, freedom) * error)
+
+
+def rank_correlations(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's, of validation accuracy with parameters and with MACs."""
+    ranked = [row for row in rows if row["val"] is not None]
+    accuracies = [row["val"] for row in ranked]
+    return {
+        f"rank_correlation_with_{cost}": round(float(spearmanr(accuracies, [row[cost] for row in ranked])[0]), 3)
+        for cost in ("params", "macs")
+    }
 
 
 def table(rows: list[Row], smallest: float) -> str:

@@ -35,13 +35,14 @@ from opsin.catalog.cards import Card
 from opsin.measure.cost import count_macs, count_params
 from opsin.measure.evidence import commit, machine
 from opsin.measure.memory import peak_memory
-from turns import bandwidth, forward, peak_flops, ratio, timed, told, training_step
+from turns import bandwidth, forward, peak_macs, ratio, timed, told, training_step
 
 HOUSE = Path(__file__).parent.parent
 RESULTS = HOUSE / "benchmarks" / "results" / "operators.json"
 PLOT = HOUSE / "docs" / "assets" / "operators.svg"
 DIM = 64
 SIZES = [(8, 14), (4, 28), (2, 56)]  # images, side of the map
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[Tensor], Tensor]
 
 
@@ -55,7 +56,7 @@ def attention(op: Any) -> Run:
     peer = nn.MultiheadAttention(DIM, max(1, DIM // 32), batch_first=True)
 
     def run(x: Tensor) -> Tensor:
-        peer.to(x.dtype)
+        peer.to(x)
         tokens = x.flatten(2).transpose(1, 2)
         return peer(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -82,7 +83,7 @@ def timm_evonorm(op: Any) -> Run:
         peer = import_peer("timm").layers.EvoNorm2dS0(DIM, groups=op.groups)
     except NoPeer as reason:
         raise ImportError(str(reason)) from reason
-    return lambda x: peer.to(x.dtype)(x)
+    return lambda x: peer.to(x)(x)
 
 
 PEERS: dict[str, dict[str, Callable[[Any], Run]]] = {
@@ -104,20 +105,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for key, builds in more_peers(options.peers).items():
         PEERS.setdefault(key, {}).update(builds)
-    speed = {"float32": peak_flops(torch.float32), "bfloat16": peak_flops(torch.bfloat16), "copy": bandwidth()}
-    kept = json.loads(RESULTS.read_text())["rows"] if options.keys and RESULTS.is_file() else []
+    speed = {name: peak_macs(dtype, options.device) for name, dtype in TYPES.items()}
+    speed["copy"] = bandwidth(options.device)
+    results = RESULTS if options.device == "cpu" else RESULTS.with_stem(f"operators_{options.device}")
+    kept = json.loads(results.read_text())["rows"] if options.keys and results.is_file() else []
     rows = [row for row in kept if row["operator"] not in options.keys]
     for card in list_cards("operator"):
         if not options.keys or card.key in options.keys:
-            rows += list(measured(card, speed, options.rounds, options.device))
+            rows += list(measured(card, options.rounds, options.device))
     order = [card.key for card in list_cards("operator")]
     rows.sort(key=lambda row: order.index(row["operator"]))
-    RESULTS.parent.mkdir(exist_ok=True)
-    where = {"machine": machine(), "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d"), "dim": DIM}
-    RESULTS.write_text(json.dumps({**where, "speed": speed, "rows": rows}, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(rows))
-    RESULTS.with_suffix(".circumstances.md").write_text(f"Measured {where['date']} on {where['machine']}.\n")
-    plot(rows)
+    results.parent.mkdir(exist_ok=True)
+    where = {"machine": machine(), "dim": DIM, "speed": speed}
+    results.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
+    results.with_suffix(".md").write_text(table(rows, speed))
+    dates = " to ".join(sorted({min(row["date"] for row in rows), max(row["date"] for row in rows)}))
+    results.with_suffix(".circumstances.md").write_text(f"Measured {dates} on {where['machine']}.\n")
+    if results == RESULTS:
+        plot(rows)
     summary(rows)
 
 
@@ -131,30 +136,27 @@ def more_peers(file: Path | None) -> dict[str, dict[str, Callable[[Any], Run]]]:
     return module.PEERS
 
 
-def measured(card: Card, speed: dict[str, float], rounds: int, device: str) -> Iterator[dict[str, Any]]:
+def measured(card: Card, rounds: int, device: str) -> Iterator[dict[str, Any]]:
     """The rows of one operator."""
+    when = {"commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     for batch, side in SIZES:
         place = {"input_size": (side, side)} if card.facts.get("fixed_size") else {}
         op = opsin.create(card.key, dim=DIM, **place).to(device)
         x = torch.randn(batch, DIM, side, side, device=device)
         macs, params = macs_of(card, place, x), count_params(op)
         memory = peak_memory(op.eval(), (x,)) - 4 * (params + x.numel())
-        for dtype in (torch.float32, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
+        for name, dtype in TYPES.items():
             typed, y = copy.deepcopy(op).to(dtype), x.to(dtype)
-            moved = y.element_size() * (params + 2 * x.numel())
-            bound = 1e3 * max(macs / speed[name], moved / speed["copy"])
             for step in (forward, training_step):
                 typed.train(step is training_step)
-                factor = 3 if step is training_step else 1
                 times = timed({who: step(run, y) for who, run in candidates(card.key, typed, y).items()}, rounds)
                 ours = times.pop("opsin")
                 ratios = {who: [round(value, 3) for value in ratio(ms, ours)] for who, ms in times.items()}
                 row = {
                     "operator": card.key, "images": batch, "side": side, "dtype": name, "pass": step.__name__,
                     "ms": round(median(ours), 4), "times": {who: found[0] for who, found in ratios.items()},
-                    "interval": ratios.get("reference", [])[1:],
-                    "bound_ms": round(factor * bound, 4), "macs": macs, "params": params, "extra_memory": memory,
+                    "interval": ratios.get("reference", [])[1:], "macs": macs, "params": params, "extra_memory": memory,
+                    **when,
                 }  # fmt: skip
                 print(row, flush=True)
                 yield row
@@ -185,7 +187,14 @@ def candidates(key: str, op: nn.Module, x: Tensor) -> dict[str, Run]:
     return runs
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def bound(row: dict[str, Any], speed: dict[str, float]) -> float:
+    """Milliseconds that the multiply-adds take, or input, output and parameters to be moved; thrice in training."""
+    moved = TYPES[row["dtype"]].itemsize * (row["params"] + 2 * row["images"] * DIM * row["side"] ** 2)
+    seconds = max(row["macs"] / speed[row["dtype"]], moved / speed["copy"])
+    return 1e3 * seconds * (3 if row["pass"] == "training_step" else 1)
+
+
+def table(rows: list[dict[str, Any]], speed: dict[str, float]) -> str:
     """Milliseconds and ratios in float32, and the same ratio in bfloat16, as Markdown."""
     lines = [
         "| operator | map | pass | ms | reference / opsin | in bfloat16 | peers / opsin | opsin / bound | extra MiB |",
@@ -198,7 +207,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [
                 row["operator"], f"{row['images']}x{row['side']}x{row['side']}", row["pass"].replace("_", " "),
                 f"{row['ms']:.2f}", over_reference(row), over_reference(rough[place(row)]), peers,
-                f"{row['ms'] / row['bound_ms']:.1f}", f"{row['extra_memory'] / 2**20:.1f}",
+                f"{row['ms'] / bound(row, speed):.1f}", f"{row['extra_memory'] / 2**20:.1f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -214,6 +223,7 @@ def place(row: dict[str, Any]) -> tuple[object, ...]:
 
 def plot(rows: list[dict[str, Any]]) -> None:
     """How many times slower reference and peers are on the largest map, as `docs/assets/operators.svg`."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     largest = max(side for _, side in SIZES)
@@ -236,7 +246,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel(f"times the operator's own time, {largest}x{largest} map, float32 (right of 1: slower)")
     axes.grid(axis="x", color="#d9dee3")
     axes.legend(fontsize=8)
-    figure.savefig(PLOT, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "operators"}):  # the same file from the same numbers
+        figure.savefig(PLOT, metadata={"Date": None})
 
 
 def summary(rows: list[dict[str, Any]]) -> None:

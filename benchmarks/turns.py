@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Times = dict[str, list[float]]  # milliseconds of every candidate, round by round
 
@@ -108,14 +109,17 @@ def training_step(run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], No
     return call
 
 
-def peak_flops(dtype: torch.dtype, side: int = 1024) -> float:
-    """Multiply-adds per second of a large square matrix product: what this machine can compute."""
-    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-    return side**3 / (1e-3 * medians({"mm": lambda: a @ b}, 9)["mm"])
+def peak_macs(dtype: torch.dtype, device: str = "cpu", side: int = 1024) -> float:
+    """Multiply-adds per second of a large matrix product or 3 x 3 convolution: either may have the better library."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    x, kernels = torch.randn(1, 256, 28, 28, device=device), torch.randn(256, 256, 3, 3, device=device)
+    x, kernels = (t.to(dtype, memory_format=torch.channels_last) for t in (x, kernels))
+    ms = medians({"mm": lambda: a @ b, "conv": lambda: F.conv2d(x, kernels, padding=1)}, 25)
+    return 1e3 * max(side**3 / ms["mm"], x.numel() * kernels[0].numel() / ms["conv"])
 
 
-def bandwidth(megabytes: int = 128) -> float:
+def bandwidth(device: str = "cpu", megabytes: int = 128) -> float:
     """Bytes per second, read and written, of a copy too large for the caches."""
-    a = torch.randn(megabytes * 2**18)
+    a = torch.randn(megabytes * 2**18, device=device)
     b = torch.empty_like(a)
     return 2 * 4 * a.numel() / (1e-3 * medians({"copy": lambda: b.copy_(a)}, 9)["copy"])
