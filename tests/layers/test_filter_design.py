@@ -16,6 +16,7 @@ from opsin.layers.filter_design import (
     LEARNERS,
     PCANet,
     bank,
+    conv_macs,
     diagnose,
     equal_width,
     fixup,
@@ -30,17 +31,33 @@ from opsin.layers.filter_design import (
     table,
 )
 from opsin.layers.filter_design.diagnostics import duplicate_rate, effective_rank, sparsity, spectral_entropy
-from opsin.layers.filter_design.initialisers import WEIGHT_INITIALISERS, at_layer, evaluating, layers_of, learned_weight
+from opsin.layers.filter_design.initialisers import (
+    WEIGHT_INITIALISERS,
+    at_layer,
+    evaluating,
+    layers_of,
+    learned_weight,
+    residual_branches,
+    to_unit_variance,
+    whitened_kmeans,
+)
 from opsin.layers.filter_design.unsupervised import (
     Whitening,
+    autoencoder,
+    competitive,
     contrast_normalised,
+    denoising,
     kmeans,
     oja,
     pca,
     quadrants,
+    random,
+    rica,
     sampled_patches,
     sanger,
 )
+from opsin.layers.subpixel import SubPixelConv2d
+from opsin.ops.conv.depthwise import DepthwiseConv
 
 
 def plain(depth: int = 4, width: int = 8, norm: bool = False) -> nn.Sequential:
@@ -127,15 +144,99 @@ def test_pca_start_is_the_principal_components_of_what_a_layer_receives():
         assert float(F.cosine_similarity(layer.weight.detach()[0].flatten(), first, dim=0).abs()) > 0.98
 
 
-def test_learners_get_mean_free_patches():
-    seen: list[Tensor] = []
+@pytest.mark.parametrize("name", ["orthogonal", "delta_orthogonal", "xavier_normal", "he_normal"])
+def test_groups_start_by_themselves(name):
+    grouped = initialise(nn.Conv2d(32, 64, 3, groups=4), name).weight.detach()
+    one = initialise(nn.Conv2d(8, 16, 3), name).weight.detach()
+    assert float(grouped.std()) == pytest.approx(float(one.std()), rel=0.1)
+    if "orthogonal" in name:
+        assert all(torch.linalg.matrix_rank(group.flatten(1)) == (16, 8)["delta" in name] for group in grouped.chunk(4))
+
+
+@torch.no_grad()
+def test_depthwise_filters_keep_the_variance():
+    x = torch.randn(8, 64, 16, 16)
+    for name in ("orthogonal", "delta_orthogonal"):
+        assert float(initialise(DepthwiseConv(64, 3), name)(x).std()) == pytest.approx(1, abs=0.1)
+    net = initialise(opsin.create("mobilenetv2_050", num_classes=5), "orthogonal", gain=2**0.5)
+    assert deviations(net, torch.randn(4, 3, 64, 64))[-2] > 1e-3
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "delta_orthogonal"])
+def test_orthogonal_in_half_precision(name):
+    torch.manual_seed(0)
+    half = initialise(nn.Conv2d(4, 8, 3).bfloat16(), name).weight
+    squares = float(half.detach().float().square().sum())
+    assert half.dtype == torch.bfloat16 and squares == pytest.approx(8 if name == "orthogonal" else 4, rel=0.02)
+
+
+def test_lsuv_leaves_what_is_within_a_tenth():
+    basis = torch.linalg.qr(torch.randn(64, 64)).Q
+    for variance, kept in ((1.08, True), (0.92, True), (1.15, False), (0.85, False)):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False))
+        batch = basis * (variance * (basis.numel() - 1) / 64) ** 0.5
+        initialise(model, "lsuv", batch)
+        weight = model[0].weight.detach()
+        assert torch.allclose(weight @ weight.T, torch.eye(64), atol=1e-3) == kept
+        assert kept or float(model(batch).detach().var()) == pytest.approx(1, rel=1e-3)
+
+
+class Scaleless(nn.Linear):
+    """A layer whose output does not change with the scale of its weight: deviation 2 for ever."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y / y.std()
+
+
+def test_lsuv_gives_up_after_ten_rounds():
+    model = nn.Sequential(Scaleless(16, 16))
+    initialise(model, "lsuv", torch.randn(64, 16))
+    assert float(model[0].weight.detach().norm()) == pytest.approx(4 / 2**10, rel=1e-3)
+
+
+def test_one_value_has_no_variance():
+    model = nn.Sequential(nn.Linear(4, 1))
+    with pytest.raises(BadInput, match="give more images"):
+        initialise(model, "lsuv", torch.randn(1, 4))
+    assert model[0].weight.isfinite().all()
+    with torch.no_grad():
+        to_unit_variance(model, model[0], torch.randn(100, 4), 0.1, 10)
+    assert model[0].weight.isfinite().all()
+
+
+def test_patches_are_spread_and_padded_as_the_taps_are():
+    picture, seen = torch.arange(144.0).view(1, 1, 12, 12), []
 
     def learner(patches: Tensor, count: int) -> Tensor:
         seen.append(patches)
         return patches[:count]
 
-    learned_weight(images() + 3, nn.Conv2d(3, 4, 3), learner)
-    assert seen[0].shape == (10_000, 27) and seen[0].mean(0).abs().max() < 1e-4
+    learned_weight(picture, nn.Conv2d(1, 4, 3, dilation=(2, 3)), learner)
+    steps = (seen[0] - seen[0][:, :1]).unique(dim=0)
+    assert torch.equal(steps, torch.tensor([[24.0 * i + 3 * j for i in range(3) for j in range(3)]]))
+    learned_weight(picture + 1, nn.Conv2d(1, 4, 3, padding="valid"), learner)
+    assert seen[1].min() > 0, "no zeros around"
+    learned_weight(picture, nn.Conv2d(1, 4, 3, padding="same", dilation=2), learner)
+    corners = seen[2][(seen[2] == 0).sum(1) == 6]
+    assert len(corners), "two pixels of zeros around"
+
+
+def test_kmeans_start_sees_whitened_patches():
+    """Smooth pictures have smooth averages; what is found behind the whitening has no mean and high frequencies."""
+    patches = sampled_patches(F.avg_pool2d(torch.rand(64, 1, 32, 32), 3, 1), (5, 5), 5000)
+    filters = F.normalize(whitened_kmeans(patches, 16), dim=1)
+    assert filters.sum(1).abs().max() < 1e-4
+    prepared = contrast_normalised(patches)
+    whitening = Whitening.zca(prepared)
+    expected = whitening(prepared) @ kmeans(whitening(prepared), 16).T
+    found = prepared @ whitened_kmeans(patches, 16).T
+    assert torch.allclose(found - found.mean(0), expected - expected.mean(0), atol=1e-3), "the whitening is folded in"
+    conv = nn.Conv2d(1, 16, 5)
+    initialise(conv, "kmeans", F.avg_pool2d(torch.rand(8, 1, 32, 32), 3, 1))
+    assert conv.weight.detach().sum((1, 2, 3)).abs().max() < 1e-3 and conv.weight.detach().norm() > 1
+    grey = initialise(nn.Sequential(nn.Conv2d(1, 4, 1)), "kmeans", torch.rand(8, 1, 9, 9))
+    assert grey[0].weight.detach().norm() > 0.1
 
 
 def test_fixup_by_branches():
@@ -151,6 +252,66 @@ def test_fixup_by_branches():
     assert branch[0].weight.any() and branch[1].weight.any() and not branch[2].weight.any()
     with pytest.raises(BadInput, match="no residual branches"):
         initialise(plain(), "fixup")
+
+
+@pytest.mark.parametrize(
+    ("name", "branches"), [("metanet_n", 10), ("vit_tiny_patch16_224", 24), ("mobilenetv2_050", 10), ("resnet18", 8)]
+)
+@torch.no_grad()
+def test_fixup_makes_blocks_identities(name, branches):
+    """A block with two branches counts twice, and one without a residual not at all."""
+    net = initialise(opsin.create(name, num_classes=3), "fixup").eval()
+    assert len(residual_branches(net)) == branches
+    changes: list[float] = []
+
+    def compare(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].relu() if "resnet" in name else inputs[0]
+        if output.shape == x.shape and getattr(block, "residual", True):
+            changes.append(float((output - x).abs().max()))
+
+    for block in net.modules():
+        if type(block).__name__ in ("Block", "BasicBlock", "InvertedResidual"):
+            block.register_forward_hook(compare)
+    net(torch.randn(2, 3, 64, 64))
+    assert changes and max(changes) == 0
+
+
+class ConvBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x).relu())
+
+
+class ShortcutBlock(ConvBlock):
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + super().forward(x)
+
+
+class PoolBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = self.norm2 = nn.BatchNorm2d(4)
+        self.mixer, self.mlp = nn.AvgPool2d(3, 1, 1), nn.Conv2d(4, 4, 1)
+
+
+def test_fixup_knows_shortcuts_and_complains_where_it_cannot_know():
+    weight = (net := nn.Sequential(ConvBlock(), ConvBlock()))[0].conv2.weight.detach().clone()
+    with pytest.raises(BadInput, match="ConvBlock may be residual or not"):
+        initialise(net, "fixup")
+    assert torch.equal(net[0].conv2.weight.detach(), weight)
+    for shortcut in (nn.Identity(), nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1))):
+        block = initialise(ShortcutBlock(shortcut), "fixup")
+        assert not block.conv2.weight.any() and block.conv1.weight.any()
+        assert all(p.any() for name, p in block.named_parameters() if "shortcut" in name and p.ndim > 1)
+    with pytest.raises(BadInput, match="branch of PoolBlock has no"):
+        fixup(PoolBlock())
 
 
 def test_he_keeps_a_deep_network_alive_and_small_starts_do_not():
@@ -213,6 +374,13 @@ def test_steerable_and_centre_surround():
     assert torch.allclose(rings, rings.mT) and rings.sum((1, 2)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("size", "count"), [(3, 2), (5, 4), (7, 9), (9, 13), (49, 13)])
+def test_schmid_has_no_rings_that_others_add_up_to(size, count):
+    assert torch.linalg.matrix_rank(bank("schmid", size, count).flatten(1), rtol=1e-5) == count
+    with pytest.raises(BadInput, match=f"has {count} filters"):
+        bank("schmid", size, count + 1)
+
+
 def test_start_from_a_bank():
     conv = start_from_bank(nn.Conv2d(3, 9, 3), "dct")
     for filters, atom in zip(conv.weight.detach(), bank("dct", 3, 9)):
@@ -263,6 +431,75 @@ def test_pca_is_sklearns_and_hebbian_rules_find_it():
     assert (oja(patches, 2) @ ours[0]).abs().min() > 0.98, "each unit by itself finds the first component"
 
 
+@pytest.mark.parametrize("whiten", [True, False])
+def test_what_learners_get(monkeypatch, whiten):
+    """Contrast-normalised patches, whitened with 0.1 added to the eigenvalues."""
+    seen: list[Tensor] = []
+
+    def learner(patches: Tensor, count: int, seed: int) -> Tensor:
+        seen.append(patches)
+        return random(patches, count, seed)
+
+    monkeypatch.setitem(LEARNERS, "random", learner)
+    x = F.avg_pool2d(torch.rand(64, 1, 24, 24), 3, 1)
+    found = learn_filters(x, "random", 4, 4, samples=5000, **({} if whiten else {"whiten": False}))
+    plain_ones = contrast_normalised(sampled_patches(x, (4, 4), 5000, 0))
+    values = torch.linalg.eigvalsh(plain_ones.T.cov(correction=0).double())
+    got = torch.linalg.eigvalsh(seen[0].T.cov(correction=0).double())
+    assert torch.allclose(got, values / (values + 0.1) if whiten else values, atol=1e-3)
+    assert (found.whitening is not None) == whiten
+    assert torch.allclose(found.prepared(sampled_patches(x, (4, 4), 5000, 0)), seen[0], atol=1e-5)
+
+
+def test_rica_finds_sparse_sources():
+    """Behind a rotation, which reconstruction alone cannot undo."""
+    sources = torch.distributions.Laplace(0.0, 0.5**0.5).sample((6000, 4)) * (torch.rand(6000, 4) < 0.3) / 0.3**0.5
+    turn = torch.linalg.qr(torch.randn(4, 4)).Q
+    found = rica(sources @ turn.T, 4, steps=1500)
+    assert (found @ turn).abs().amax(1).min() > 0.95
+    without = rica(sources @ turn.T, 4, sparsity=0.0, steps=1500)
+    assert (without @ turn).abs().amax(1).min() < 0.95
+
+
+def test_denoising_is_the_auto_encoder_under_noise():
+    patches = torch.randn(500, 12) * 3
+    assert torch.equal(denoising(patches, 4), autoencoder(patches, 4, noise=0.5 * float(patches.std())))
+    assert not torch.allclose(denoising(patches, 4), autoencoder(patches, 4))
+
+
+def test_competitive_step_by_hand():
+    """One patch, over and over: the winner turns to it, the second away from it with 0.4 of the rate."""
+    x = F.normalize(torch.randn(6), dim=0)
+    start = random(x[None], 3)
+    y = start @ x
+    first, second, third = y.argsort(descending=True)
+    g = torch.zeros(3)
+    g[first], g[second] = 1.0, -0.4
+    change = g[:, None] * (x - y[:, None] * start)
+    expected = F.normalize(start + 0.05 * change / change.abs().max(), dim=1)
+    found = competitive(x.expand(10, -1), 3, steps=1)
+    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(found[third], start[third])
+
+
+@pytest.mark.parametrize("method", ["random", "kmeans", "rica", "autoencoder", "competitive"])
+def test_learners_stay_on_the_patches_device(method):
+    """Shown on the device without values: what is drawn on the processor follows the patches."""
+    options = {"rica": {"steps": 1}, "autoencoder": {"steps": 1, "noise": 0.5}, "competitive": {"steps": 1}}
+    patches = torch.empty(300, 12, device="meta")
+    assert LEARNERS[method](patches, 4, **options.get(method, {})).device.type == "meta"
+
+
+def test_pcanet_stays_on_the_images_device():
+    net, x = PCANet((2, 3), 3), torch.empty(2, 3, 16, 16, device="meta")
+    net.stages = [torch.empty(2, 3, 3, 3, device="meta"), torch.empty(3, 1, 3, 3, device="meta")]
+    assert net.codes(x).device.type == net.transform(x).device.type == "meta"
+
+
+def test_learners_take_half_precision():
+    patches = torch.randn(300, 6).bfloat16()
+    assert pca(patches, 2).dtype == torch.bfloat16
+
+
 def test_kmeans_finds_directions():
     truth = torch.linalg.qr(torch.randn(10, 10)).Q[:4]
     patches = (3 + torch.rand(4000, 1)) * truth[torch.randint(4, (4000,))] + 0.1 * torch.randn(4000, 10)
@@ -295,6 +532,23 @@ def test_pcanet_codes_and_histograms():
     features = net.transform(x, batch_size=5).view(12, 3, 49, 16)
     assert torch.equal(features.sum(3), torch.full((12, 3, 49), 16.0))
     assert torch.equal(features[2, 1, 8], torch.bincount(codes[2, 1, 2:6, 2:6].flatten(), minlength=16).float())
+
+
+def test_pcanet_learns_from_patches_without_their_means():
+    net = PCANet((3, 4), 3).fit(images() + 0.5)
+    assert all(filters.sum((1, 2, 3)).abs().max() < 1e-3 for filters in net.stages)
+
+
+@pytest.mark.parametrize(("block", "overlap", "blocks"), [(7, 0.0, 9), (7, 0.5, 25), (8, 0.5, 16), (20, 0.0, 1)])
+def test_pcanet_counts_every_pixel(block, overlap, blocks):
+    net = PCANet((2, 2), 3, block=block, overlap=overlap).fit(images(4, 20))
+    x = images(2, 20)
+    features = net.transform(x).view(2, 2, -1, 4)
+    assert features.shape[2] == blocks and torch.equal(features.sum(3), torch.full((2, 2, blocks), float(block**2)))
+    last = net.codes(x)[1, 0, -block:, -block:]
+    assert torch.equal(features[1, 0, -1], torch.bincount(last.flatten(), minlength=4).float())
+    with pytest.raises(BadInput, match="no block of 21"):
+        PCANet((2, 2), 3, block=21).fit(images(4, 20)).transform(x)
 
 
 def test_pcanet_bits_by_hand():
@@ -350,6 +604,63 @@ class Branches(nn.Module):
 
 def test_the_wider_branch_counts():
     assert receptive_field(Branches()).size == (7, 7) == seen_pixels(Branches(), (16, 16))
+
+
+def test_fields_of_other_windows():
+    """Classes made of torch's count as those do, and slices with steps thin the map."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2), DepthwiseConv(4, 5), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1))
+    assert receptive_fields(net)["1"].size == (11, 11) and receptive_field(net) == ((13, 13), (4, 4))
+    assert receptive_field(opsin.create("mobilenetv2_050")).size == (491, 491)
+    assert receptive_field(opsin.create("metanet_n")).size == (122, 122)
+
+    class Thinned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x)[:, :, ::2, ::3])
+
+    assert receptive_field(Thinned()) == ((7, 9), (2, 3))
+    assert seen_pixels(Thinned(), (24, 24)) == (7, 9)
+
+
+class Function(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(4, 4, 3, padding=1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.function(x))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (nn.Upsample(scale_factor=2), "Upsample"), (nn.ConvTranspose2d(4, 4, 2, 2), "ConvTranspose2d"),
+        (nn.PixelShuffle(2), "PixelShuffle"), (nn.AdaptiveAvgPool2d(7), "AdaptiveAvgPool2d"),
+        (SubPixelConv2d(4, 4, 3, 2), "SubPixelConv2d"), (nn.LPPool2d(2, 2), "LPPool2d"),
+        (Function(lambda x: F.max_pool2d(x, 2)), "max_pool2d"), (Function(lambda x: F.avg_pool2d(x, 2)), "avg_pool2d"),
+        (Function(lambda x: F.interpolate(x, scale_factor=2)), "interpolate"),
+        (Function(lambda x: F.conv2d(x, torch.ones(4, 4, 3, 3))), "conv2d"), (Function(lambda x: x.roll(1, 2)), "roll"),
+        (Function(lambda x: F.adaptive_avg_pool2d(x, 2)), "adaptive_avg_pool2d"),
+    ],
+)  # fmt: skip
+def test_no_field_where_the_rule_does_not_know_it(part, name):
+    with pytest.raises(BadInput, match=f"{name} at .*seen_pixels"):
+        receptive_field(nn.Sequential(nn.Conv2d(3, 4, 3), part))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_no_trace(training):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)).train(training)
+    net[1].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert seen_pixels(net, (32, 32)) == (5, 5) and seen_pixels(net.train(), (32, 32)) == (5, 5)
+    assert net.training and net[1].training
+    assert conv_macs(net, (1, 1), 3) == 9 * (3 * 4 + 4 * 4)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters()) and net[1].training
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(5, 1), (5, 2), (7, 1), (7, 3)])
@@ -414,6 +725,31 @@ def test_diagnose_finds_what_is_broken_and_changes_nothing():
     assert all(p.grad is None for p in normed.parameters())
     with pytest.raises(BadInput, match="no convolutions"):
         diagnose(nn.ReLU(), batch)
+
+
+def activated(inplace: bool) -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace),
+        nn.Conv2d(8, 4, 3), nn.LeakyReLU(0.1, inplace),
+    )  # fmt: skip
+
+
+def test_diagnose_sees_outputs_before_they_are_changed_in_place():
+    batch = torch.randn(4, 3, 12, 12)
+    for found, expected in zip(diagnose(activated(True), batch), diagnose(activated(False), batch), strict=True):
+        assert found[:1] == expected[:1] and found[2:] == pytest.approx(expected[2:])
+        assert found.gradient > 0
+
+
+def test_dead_channels_are_those_behind_the_norm():
+    model, batch = activated(True), torch.randn(4, 3, 12, 12).abs()
+    with torch.no_grad():
+        model[2].weight.abs_().neg_()  # all below 0, which the norm undoes
+        model[3].bias[:2] = -50.0
+    assert diagnose(model, batch)[1].dead == 0.25
+    alone = nn.Sequential(model[2], nn.ReLU())
+    assert diagnose(alone, torch.rand(2, 8, 6, 6))[0].dead == 1
 
 
 def test_the_toolbox_by_name():

@@ -77,14 +77,20 @@ def difference_of_gaussians(size: int) -> Iterator[Kernel]:
 def schmid(size: int) -> Iterator[Kernel]:
     """Schmid's thirteen rings cos(pi tau r / sigma) exp(-r^2 / (2 sigma^2)) less their mean.
 
-    Made for 49 pixels; in smaller kernels sigma shrinks in proportion, down to 0.4 pixels.
+    Made for 49 pixels; in smaller kernels sigma shrinks in proportion, down to 0.4 pixels. Kernels below 9 pixels have
+    too few radii for thirteen: a ring that the earlier ones add up to is left out.
     """
+    kept: list[np.ndarray] = []
     axis = np.arange(size) - (size - 1) / 2
     radius = np.hypot(axis[:, None], axis)
     for sigma, tau in SCHMID:
         width = max(sigma * size / 49, 0.4)
         ring = np.cos(np.pi * tau * radius / width) * np.exp(-(radius**2) / (2 * width**2))
-        yield ring - ring.mean()
+        ring = ring - ring.mean()
+        candidates = [*kept, ring.ravel() / max(np.linalg.norm(ring), 1e-12)]
+        if np.linalg.matrix_rank(np.stack(candidates), tol=1e-4) == len(candidates):
+            kept = candidates
+            yield ring
 
 
 def dct(size: int) -> Iterator[Kernel]:

@@ -1,8 +1,8 @@
 """What a network's filters are like: how signals and gradients fare in every layer, and how filters differ.
 
 `diagnose(model, batch)` reports for each convolution and linear layer, on one batch and without changing anything:
-the deviation of its output and of the gradient there, the share of dead channels (never above 0), and of its weights
-the spectral entropy, the sparsity, the share of duplicates and the effective rank.
+the deviation of its output and of the gradient there, the share of dead channels (never above 0, behind the norm where
+one follows), and of its weights the spectral entropy, the sparsity, the share of duplicates and the effective rank.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from opsin.errors import BadInput
 from opsin.layers.filter_design.initialisers import layers_of
+from opsin.layers.readers import sole_readers
 
 Weight = Float[Tensor, "m c *k"]
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def spectral_entropy(weight: Weight) -> float:
@@ -59,7 +61,7 @@ MEASURES: dict[str, Callable[[Tensor], float]] = {
 
 class LayerReport(NamedTuple):
     """One layer. activation and gradient are deviations of the output and of the loss's gradient there; dead is the
-    share of output channels that are at most 0 for the whole batch."""
+    share of output channels that are at most 0 for the whole batch, behind the norm where one alone reads them."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,24 +85,42 @@ def diagnose(
     names = {layer: name for name, layer in model.named_modules() if layer in set(layers_of(model))}
     if not names:
         raise BadInput(f"{type(model).__name__} has no convolutions and no linear layers")
+    norms = norms_behind(model)
     outputs: dict[nn.Module, Tensor] = {}
-    handles = [layer.register_forward_hook(lambda m, _, y: outputs.update({m: y})) for layer in names]
+
+    def keep(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        outputs.pop(module, None)
+        outputs[module] = output
+        return output.clone()  # which the next module may change in place
+
+    handles = [module.register_forward_hook(keep) for module in {**names, **dict.fromkeys(norms.values())}]
     try:
         with torch.enable_grad():
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             y = torch.func.functional_call(model, buffers, (batch.detach().clone().requires_grad_(),))
             random = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
             loss = (y * random).sum() / len(batch) if labels is None else F.cross_entropy(y, labels)
-        gradients = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        met = {layer: output for layer, output in outputs.items() if layer in names}
+        gradients = torch.autograd.grad(loss, list(met.values()), allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    return [report(names[m], m.weight.detach(), out, g) for (m, out), g in zip(outputs.items(), gradients, strict=True)]
+    return [
+        report(names[m], m.weight.detach(), output, outputs[norms.get(m, m)], gradient)
+        for (m, output), gradient in zip(met.items(), gradients, strict=True)
+    ]
 
 
-def report(name: str, weight: Tensor, output: Tensor, gradient: Tensor | None) -> LayerReport:
+def norms_behind(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The norm that alone reads a layer's output, by layer."""
+    layers = set(layers_of(model))
+    pairs = sole_readers(model, layers.__contains__, lambda m: isinstance(m, NORMS))
+    return {model.get_submodule(layer): model.get_submodule(norm) for layer, norm in pairs}
+
+
+def report(name: str, weight: Tensor, output: Tensor, passed_on: Tensor, gradient: Tensor | None) -> LayerReport:
     axis = 1 if weight.ndim > 2 else output.ndim - 1
-    channels = output.detach().movedim(axis, 0).flatten(1)
+    channels = passed_on.detach().movedim(axis, 0).flatten(1)
     values = {measure: function(weight) for measure, function in MEASURES.items()}
     deviation = 0.0 if gradient is None else float(gradient.std())
     dead = float((channels.amax(1) <= 0).float().mean())

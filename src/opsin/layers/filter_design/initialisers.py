@@ -4,6 +4,7 @@ With fan_in = C_in k k and fan_out = C_out k k, variances are 1/fan_in (LeCun), 
 2/fan_in (He, for ReLU); orthogonal rows keep norms; LSUV (Mishkin and Matas 2016, arXiv:1511.06422) makes the variance
 of every layer's output 1 on a batch; PCA and k-means filters (Kraehenbuehl et al. 2016, arXiv:1511.06856) are learned
 from the patches that a layer receives; Fixup (Zhang et al. 2019, arXiv:1901.09321) shrinks residual branches.
+Each group of a convolution starts by itself, with C_in and C_out those of the group.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from opsin.errors import BadInput, UnknownName
-from opsin.layers.filter_design.unsupervised import kmeans, pca, sampled_patches
+from opsin.layers.filter_design.unsupervised import Whitening, contrast_normalised, kmeans, pca, sampled_patches
 
+BLOCKS = ("Block", "Bottleneck", "Residual", "DepthwiseSeparable")
+MIXERS = ("mixer", "token_mixer", "attn", "spatial_mlp")
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
@@ -61,8 +64,13 @@ def he_uniform_(weight: Tensor, gain: float = 2**0.5) -> Tensor:
 
 
 def orthogonal_(weight: Tensor, gain: float = 1.0) -> Tensor:
-    """Orthonormal rows or columns of the flattened weight; signs fixed, so that it is uniform over all of them."""
-    return nn.init.orthogonal_(weight, gain)
+    """Orthonormal rows or columns of the flattened weight; signs fixed, so that it is uniform over all of them.
+
+    Computed in float32 where the weight has less.
+    """
+    with torch.no_grad():
+        precise = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return weight.copy_(nn.init.orthogonal_(precise, gain))
 
 
 def delta_orthogonal_(weight: Tensor, gain: float = 1.0) -> Tensor:
@@ -72,7 +80,7 @@ def delta_orthogonal_(weight: Tensor, gain: float = 1.0) -> Tensor:
     with torch.no_grad():
         centre = (..., *(side // 2 for side in weight.shape[2:]))
         weight.zero_()
-        weight[centre] = nn.init.orthogonal_(torch.empty(weight.shape[:2], dtype=weight.dtype), gain).to(weight)
+        weight[centre] = orthogonal_(weight.new_empty(weight.shape[:2]), gain)
     return weight
 
 
@@ -139,7 +147,10 @@ def executed(model: nn.Module, batch: Tensor) -> list[Layer]:
 def to_unit_variance(model: nn.Module, layer: Layer, batch: Tensor, tolerance: float, rounds: int) -> None:
     """Divides a weight by the standard deviation of the layer's output until its variance is 1 +- tolerance."""
     for _ in range(rounds):
-        variance = float(at_layer(model, layer, batch)[1].var())
+        output = at_layer(model, layer, batch)[1]
+        if output.numel() == 1:
+            raise BadInput(f"the layer {layer} gives one value for this batch, which has no variance; give more images")
+        variance = float(output.var())
         if abs(variance - 1) < tolerance or variance == 0:
             return
         layer.weight.div_(variance**0.5)
@@ -170,24 +181,41 @@ def from_patches(model: nn.Module, batch: Tensor, learner: Callable[..., Tensor]
 
 
 def learned_weight(inputs: Float[Tensor, "n c h w"], layer: nn.Conv2d, learner: Callable[..., Tensor]) -> Tensor:
-    """As many filters as the patches allow, of unit norm."""
-    padding = layer.padding if isinstance(layer.padding, tuple) else tuple(k // 2 for k in layer.kernel_size)
-    padded = nn.functional.pad(inputs, (padding[1],) * 2 + (padding[0],) * 2)
-    patches = sampled_patches(padded, layer.kernel_size, 10_000)
-    patches = patches - patches.mean(0)
+    """As many filters as the patches allow, of unit norm; the patches are spread as the layer's taps are."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = nn.functional.pad(inputs, layer._reversed_padding_repeated_twice, mode)
+    patches = sampled_patches(padded, layer.kernel_size, 10_000, dilation=layer.dilation)
     filters = learner(patches, min(layer.out_channels, patches.shape[1], len(patches)))
     return nn.functional.normalize(filters, dim=1).unflatten(1, layer.weight.shape[1:])
+
+
+def whitened_kmeans(patches: Float[Tensor, "n d"], count: int) -> Float[Tensor, "m d"]:
+    """k-means after contrast normalisation and ZCA, without which it finds averages.
+
+    What is linear in both, the whitening and taking off a patch's mean, is folded into the filters.
+    """
+    if patches.shape[1] == 1:  # no contrast in one value
+        return kmeans(patches, count)
+    normalised = contrast_normalised(patches)
+    whitening = Whitening.zca(normalised)
+    filters = kmeans(whitening(normalised), count) @ whitening.matrix
+    return filters - filters.mean(1, keepdim=True)
 
 
 def fixup(model: nn.Module, branches: Sequence[nn.Module] | None = None) -> None:
     """He, then in each of L residual branches of m layers all but the last times L^(-1/(2m - 2)), and the last 0.
 
-    The classifier, the last linear layer, starts at 0, too. branches: modules whose layers are one branch each; by
-    default the blocks that `residual_branches` finds. Batch norms are left as they are.
+    The classifier, the last linear layer, starts at 0, too. branches: modules whose layers are one branch each, in the
+    order of their use; by default those that `residual_branches` finds. Batch norms are left as they are.
+    Raises BadInput where no branches are known, or one has no layers.
     """
     found = [layers_of(branch) for branch in branches] if branches else residual_branches(model)
     if not found:
         raise BadInput(f"no residual branches found in {type(model).__name__}; name them with branches=[...]")
+    if not all(found):
+        raise BadInput(
+            f"a residual branch of {type(model).__name__} has no convolutions and no linear layers to shrink"
+        )
     initialise(model, "he_normal")
     with torch.no_grad():
         for layers in found:
@@ -200,20 +228,46 @@ def fixup(model: nn.Module, branches: Sequence[nn.Module] | None = None) -> None
 
 
 def residual_branches(model: nn.Module) -> list[list[Layer]]:
-    """The layers of every module whose class is a ...Block or Bottleneck, without its downsample or shortcut."""
-    branches = []
-    for module in model.modules():
-        if type(module).__name__.endswith(("Block", "Bottleneck")):
-            skipped = {id(m) for name in ("downsample", "shortcut") for m in getattr(module, name, None) or ()}
-            layers = [layer for layer in layers_of(module) if id(layer) not in skipped]
-            branches += [layers] if len(layers) > 1 else []
-    return branches
+    """The layers of every residual branch, block by block.
+
+    Known are blocks with two branches (`norm1`, `norm2`, `mlp`, and a mixer); and with one, which have a `downsample`
+    or `shortcut` (None where nothing changes), or a `drop_path`, or say `residual = True`.
+    Raises BadInput at any other class that ends as BLOCKS do: it may be residual or not.
+    """
+    branches = branches_of(model)
+    if branches is not None:
+        return branches
+    inside = [branch for child in model.children() for branch in residual_branches(child)]
+    if not inside and is_block(model) and len(layers_of(model)) > 1:
+        raise BadInput(f"{type(model).__name__} may be residual or not; name the branches with branches=[...]")
+    return inside
+
+
+def is_block(module: nn.Module) -> bool:
+    return type(module).__name__.endswith(BLOCKS)
+
+
+def branches_of(block: nn.Module) -> list[list[Layer]] | None:
+    """The branches of one block: two, one, none where it says `residual = False`; None where that is not known."""
+    if not is_block(block):
+        return None
+    residual = getattr(block, "residual", None)
+    if isinstance(residual, bool):
+        return [layers_of(block)] if residual else []
+    if all(isinstance(getattr(block, name, None), nn.Module) for name in ("norm1", "norm2", "mlp")):
+        mixers = [m for name, m in block.named_children() if name in MIXERS]
+        return [layers_of(part) for part in (*mixers, block.mlp)] if len(mixers) == 1 else None
+    if not any(hasattr(block, name) for name in ("downsample", "shortcut", "drop_path")):
+        return None
+    shortcuts = [getattr(block, name, None) for name in ("downsample", "shortcut")]
+    skipped = {id(m) for shortcut in shortcuts if isinstance(shortcut, nn.Module) for m in shortcut.modules()}
+    return [[layer for layer in layers_of(block) if id(layer) not in skipped]]
 
 
 MODEL_INITIALISERS: dict[str, Callable[[nn.Module, Tensor], None]] = {
     "lsuv": lsuv,
     "pca": lambda model, batch: from_patches(model, batch, pca),
-    "kmeans": lambda model, batch: from_patches(model, batch, kmeans),
+    "kmeans": lambda model, batch: from_patches(model, batch, whitened_kmeans),
 }
 INITIALISERS = (*WEIGHT_INITIALISERS, *MODEL_INITIALISERS, "fixup")
 
@@ -233,7 +287,8 @@ def initialise(model: nn.Module, name: str, batch: Tensor | None = None, gain: f
     if name in WEIGHT_INITIALISERS:
         chosen = () if gain is None else (gain,)
         for layer in layers_of(model):
-            WEIGHT_INITIALISERS[name](layer.weight, *chosen)
+            for group in layer.weight.detach().chunk(getattr(layer, "groups", 1)):
+                WEIGHT_INITIALISERS[name](group, *chosen)
         return model
     if gain is not None:
         raise BadInput(f"the initialiser '{name}' takes no gain; it scales the layers itself")

@@ -32,7 +32,8 @@ class PCANet:
     """Features of images without labels and without gradients; a linear classifier goes on top.
 
     Args: filters, L1 and L2 (8 bits at most 16); kernel_size in pixels, odd; block, side of the histograms' blocks in
-        pixels; overlap, the share by which neighbouring blocks overlap.
+        pixels; overlap, the share by which neighbouring blocks overlap. Where blocks do not end with the image, another
+        one does, and overlaps more.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class PCANet:
             raise BadInput("PCANet has no filters yet; call fit(images) first")
         maps = responses(images, self.stages[0])
         second = responses(maps.flatten(0, 1)[:, None], self.stages[1])
-        bits = 2 ** torch.arange(self.filters[1] - 1, -1, -1)
+        bits = 2 ** torch.arange(self.filters[1] - 1, -1, -1, device=images.device)
         return ((second > 0) * bits[:, None, None]).sum(1).unflatten(0, maps.shape[:2])
 
     def transform(self, images: Float[Tensor, "n c h w"], batch_size: int = 64) -> Float[Tensor, "n features"]:
@@ -67,6 +68,15 @@ class PCANet:
 
     def _histograms(self, codes: Int[Tensor, "n m h w"]) -> Float[Tensor, "n features"]:
         bins = 2 ** self.filters[1]
-        blocks = F.unfold(codes.flatten(0, 1)[:, None].float(), self.block, stride=self.step).long().mT
-        counts = torch.zeros(*blocks.shape[:2], bins).scatter_add_(2, blocks, torch.ones(blocks.shape))
-        return counts.view(len(codes), -1)
+        rows, columns = (self._places(side).to(codes.device) for side in codes.shape[2:])
+        blocks = codes[:, :, rows[:, None, :, None], columns[:, None, :]]  # (n, m, rows, columns, block, block)
+        blocks = blocks.flatten(4).flatten(0, 3)
+        ones = torch.ones(blocks.shape, device=codes.device)
+        return ones.new_zeros(len(blocks), bins).scatter_add_(1, blocks, ones).view(len(codes), -1)
+
+    def _places(self, side: int) -> Int[Tensor, "blocks block"]:
+        """The pixels of every block along one side; the last block ends where the side does."""
+        if side < self.block:
+            raise BadInput(f"an image side of {side} pixels has no block of {self.block}; take smaller blocks")
+        starts = [*range(0, side - self.block, self.step), side - self.block]
+        return torch.tensor(starts)[:, None] + torch.arange(self.block)

@@ -6,16 +6,22 @@
 Where branches meet, the wider field counts.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from opsin.errors import BadInput
+from opsin.layers.filter_design.initialisers import evaluating
+from opsin.layers.subpixel import SubPixelConv2d
 
 Windowed = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d
 Pair = tuple[int, int]
+RESAMPLERS = ("conv", "pool", "interpolate", "sampl", "pixel", "fold", "fft", "roll", "attention", "former")
+"""What the names of modules and functions contain whose positions are not those of their input."""
 
 
 class Field(NamedTuple):
@@ -43,14 +49,40 @@ def widest(fields: list[Field]) -> Field:
     return Field(*(tuple(max(side) for side in zip(*values)) for values in zip(*fields))) if fields else Field()
 
 
+class Tracer(fx.Tracer):
+    """Stops at windows of any class, which `after` knows, and goes into other modules that are not torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Windowed) or super().is_leaf_module(m, module_qualified_name)
+
+
+def thinned(node: fx.Node, module: nn.Module | None, field: Field) -> Field:
+    """The field after a node that is no window; where a map (n, c, h, w) is sliced with a step, positions part.
+
+    Pooling to a single position leaves no map and counts for nothing, as means do. Raises BadInput for nodes that move
+    positions in another way.
+    """
+    what = str(getattr(node.target, "__name__", node.target)) if module is None else type(module).__name__
+    size = node.args[1] if module is None and len(node.args) > 1 else getattr(module, "output_size", None)
+    to_one = "adaptive" in what.lower() and size in (1, (1, 1), [1, 1])
+    if node.op.startswith("call") and any(word in what.lower() for word in RESAMPLERS) and not to_one:
+        raise BadInput(f"{what} at '{node}' has no field by kernel and stride; measure the network's by seen_pixels")
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return field
+    steps = [getattr(part, "step", None) or 1 for part in (*node.args[1], 1, 1, 1, 1)[2:4]]
+    return Field(field.size, (field.stride[0] * steps[0], field.stride[1] * steps[1]))
+
+
 def receptive_fields(model: nn.Module) -> dict[str, Field]:
     """The field after every convolution and pooling of images, by name.
 
-    Follows the network's graph. Raises BadInput where torch.fx cannot trace it (use `seen_pixels`).
+    Follows the network's graph. Raises BadInput where torch.fx cannot trace it, and where it resamples in a way that
+    kernel, stride and dilation do not tell, such as by interpolation, transposed convolution or a function instead of a
+    module (use `seen_pixels`).
     """
     model = nn.Sequential(model) if isinstance(model, Windowed) else model
     try:
-        graph = fx.symbolic_trace(model).graph
+        graph = Tracer().trace(model)
     except Exception as error:
         raise BadInput(
             f"{type(model).__name__} cannot be traced ({error}); measure its field by seen_pixels"
@@ -58,9 +90,11 @@ def receptive_fields(model: nn.Module) -> dict[str, Field]:
     modules, known, found = dict(model.named_modules()), {}, {}
     for node in graph.nodes:
         field = widest([known[arg] for arg in node.all_input_nodes])
-        if node.op == "call_module" and isinstance(modules[node.target], Windowed):
-            field = found[node.target] = after(field, modules[node.target])
-        known[node] = field
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, Windowed) and not isinstance(module, SubPixelConv2d) and len(node.all_input_nodes) == 1:
+            known[node] = found[node.target] = after(field, module)
+        else:
+            known[node] = thinned(node, module, field)
     return found
 
 
@@ -73,16 +107,26 @@ def receptive_field(model: nn.Module) -> Field:
 
 
 def seen_pixels(model: nn.Module, size: tuple[int, int], channels: int = 3) -> tuple[int, int]:
-    """Rows and columns of the input that the output's central position depends on, measured by a gradient."""
-    x = torch.randn(1, channels, *size, requires_grad=True)
-    y = model(x)
-    if y.ndim != 4:
-        raise BadInput(f"the field of a position is that of a map; the output has the shape {tuple(y.shape)}")
-    y[0, :, y.shape[2] // 2, y.shape[3] // 2].square().sum().backward()
-    assert x.grad is not None
-    seen = x.grad.abs().amax((0, 1)) > 0
+    """Rows and columns of the input that the output's central position depends on, measured by a gradient.
+
+    In eval mode, in which norms see only their position, and without a trace in the model.
+    """
+    x = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    x = beside(model, x).requires_grad_()
+    with evaluating(model), torch.enable_grad():
+        y = model(x)
+        if y.ndim != 4:
+            raise BadInput(f"the field of a position is that of a map; the output has the shape {tuple(y.shape)}")
+        centre = y[0, :, y.shape[2] // 2, y.shape[3] // 2].square().sum()
+        seen = torch.autograd.grad(centre, x)[0].abs().amax((0, 1)) > 0
     rows, columns = (seen.any(axis).nonzero().flatten() for axis in (1, 0))
     return int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+
+
+def beside(module: nn.Module, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    """The tensor where the module's parameters are, in their precision."""
+    first = next(module.parameters(), None)
+    return x if first is None else x.to(first)
 
 
 def parameters(module: nn.Module) -> int:
@@ -90,7 +134,7 @@ def parameters(module: nn.Module) -> int:
 
 
 def conv_macs(module: nn.Module, size: tuple[int, int], channels: int) -> int:
-    """Multiply-adds of the convolutions of a module on one map of `size`."""
+    """Multiply-adds of the convolutions of a module on one map of `size`, in eval mode."""
     total = 0
 
     def count(conv: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -100,8 +144,8 @@ def conv_macs(module: nn.Module, size: tuple[int, int], channels: int) -> int:
 
     handles = [m.register_forward_hook(count) for m in module.modules() if isinstance(m, nn.Conv2d)]
     try:
-        with torch.no_grad():
-            module(torch.zeros(1, channels, *size, device=next(module.parameters()).device))
+        with evaluating(module):
+            module(beside(module, torch.zeros(1, channels, *size)))
     finally:
         for handle in handles:
             handle.remove()

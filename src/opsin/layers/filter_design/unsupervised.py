@@ -23,16 +23,20 @@ Filters = Float[Tensor, "m d"]
 CONTRAST = 10 / 255**2  # added to the variance of a patch with values in [0, 1]
 
 
-def sampled_patches(images: Float[Tensor, "n c h w"], size: tuple[int, int], count: int, seed: int = 0) -> Patches:
+def sampled_patches(
+    images: Float[Tensor, "n c h w"], size: tuple[int, int], count: int, seed: int = 0,
+    dilation: tuple[int, ...] = (1, 1),
+) -> Patches:  # fmt: skip
     """`count` patches at random places of random images, flattened channel by channel."""
     n, _, height, width = images.shape
-    if height < size[0] or width < size[1]:
-        raise BadInput(f"images of {height}x{width} have no patches of {size[0]}x{size[1]}; take smaller filters")
+    down, across = (step * torch.arange(side) for side, step in zip(size, dilation, strict=True))
+    top_most, left_most = height - int(down[-1]), width - int(across[-1])  # places, from the first on
+    if top_most < 1 or left_most < 1:
+        needed = f"{int(down[-1]) + 1}x{int(across[-1]) + 1}"
+        raise BadInput(f"images of {height}x{width} have no patches of {needed}; take smaller filters")
     draw = torch.Generator().manual_seed(seed)
-    image, top, left = (
-        torch.randint(high, (count,), generator=draw) for high in (n, height - size[0] + 1, width - size[1] + 1)
-    )
-    rows, columns = top[:, None] + torch.arange(size[0]), left[:, None] + torch.arange(size[1])
+    image, top, left = (torch.randint(high, (count,), generator=draw) for high in (n, top_most, left_most))
+    rows, columns = top[:, None] + down, left[:, None] + across
     found = images[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (count, k, k, c)
     return found.permute(0, 3, 1, 2).flatten(1)
 
@@ -60,6 +64,11 @@ class Whitening:
         return (patches - self.mean) @ self.matrix
 
 
+def array(patches: Patches) -> Float[np.ndarray, "n d"]:
+    """For libraries that work on processors, in float32 at least."""
+    return patches.to("cpu", torch.promote_types(patches.dtype, torch.float32)).numpy()
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -70,14 +79,15 @@ def unit(filters: Filters) -> Filters:
 
 def random(patches: Patches, count: int, seed: int = 0) -> Filters:
     """Gaussian directions: the control."""
-    return unit(torch.randn(count, patches.shape[1], generator=generator(seed), dtype=patches.dtype))
+    drawn = torch.randn(count, patches.shape[1], generator=generator(seed), dtype=patches.dtype)
+    return unit(drawn.to(patches.device))
 
 
 def pca(patches: Patches, count: int, seed: int = 0) -> Filters:
     """The eigenvectors of the covariance with the largest eigenvalues, at most d."""
     if count > min(patches.shape):
         raise BadInput(f"PCA of {len(patches)} patches of {patches.shape[1]} values has no {count} filters")
-    found = PCA(count, random_state=seed).fit(patches.numpy())
+    found = PCA(count, random_state=seed).fit(array(patches))
     return torch.from_numpy(np.asarray(found.components_)).to(patches)
 
 
@@ -98,7 +108,7 @@ def ica(patches: Patches, count: int, seed: int = 0) -> Filters:
     """FastICA, at most d filters."""
     if count > min(patches.shape):
         raise BadInput(f"ICA of {len(patches)} patches of {patches.shape[1]} values has no {count} filters")
-    found = FastICA(count, random_state=seed, whiten="unit-variance", max_iter=200, tol=1e-2).fit(patches.numpy())
+    found = FastICA(count, random_state=seed, whiten="unit-variance", max_iter=200, tol=1e-2).fit(array(patches))
     return unit(torch.from_numpy(np.asarray(found.components_)).to(patches))
 
 
@@ -130,7 +140,7 @@ def rica(patches: Patches, count: int, seed: int = 0, sparsity: float = 0.1, ste
 def sparse_coding(patches: Patches, count: int, seed: int = 0, sparsity: float = 1.0) -> Filters:
     """A dictionary learned with lasso codes, online (Mairal et al. 2009)."""
     learner = MiniBatchDictionaryLearning(count, alpha=sparsity, max_iter=5, batch_size=256, random_state=seed)
-    return unit(torch.from_numpy(np.asarray(learner.fit(patches.numpy()).components_)).to(patches))
+    return unit(torch.from_numpy(np.asarray(learner.fit(array(patches)).components_)).to(patches))
 
 
 def autoencoder(patches: Patches, count: int, seed: int = 0, noise: float = 0.0, steps: int = 300) -> Filters:
@@ -138,7 +148,7 @@ def autoencoder(patches: Patches, count: int, seed: int = 0, noise: float = 0.0,
     draw = generator(seed + 1)
 
     def loss(w: Filters, x: Patches) -> Tensor:
-        seen = x + noise * torch.randn(x.shape, generator=draw, dtype=x.dtype) if noise else x
+        seen = x + noise * torch.randn(x.shape, generator=draw, dtype=x.dtype).to(x) if noise else x
         return (F.relu(seen @ w.T) @ w - x).square().sum(1).mean()
 
     return unit(descended(loss, patches, count, seed, steps, 0.01))
