@@ -91,9 +91,11 @@ class GlobalConvLayer(nn.Module):
 
     def forward(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         self._check(u)
-        with without_autocast(u.device.type):  # kernels and spectra are complex, or squashed near to their precision
-            y = self.convolve(u)
-        return self._mixed(y, u)
+        return self._mixed(self._convolved(u), u)
+
+    def _convolved(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b c h l"]:
+        with without_autocast(u.device.type):  # spectra are complex, and kernels squashed near to their precision
+            return self.convolve(u)
 
     def reference(self, u: Float[Tensor, "b h l"]) -> Float[Tensor, "b h l"]:
         """The same with the plain composition of FFTs."""
