@@ -12,6 +12,7 @@ from opsin.backbones.terminator import Terminator
 from opsin.data import Data
 from opsin.data.splits import Arrays
 from opsin.errors import BadInput
+from opsin.recipes.penalty import Penalty
 from opsin.recipes.slow_loss import SlowLoss
 from opsin.tasks.classify import Classifier
 
@@ -61,3 +62,8 @@ def test_fit_takes_it_by_name(tmp_path):
         )
         losses.append(net.slow_loss().item())
     assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_penalty_without_a_formula_says_so():
+    with pytest.raises(TypeError, match="Penalty does not implement penalty"):
+        Penalty(0.1).on_after_backward(None, nn.Linear(2, 2))

@@ -25,7 +25,7 @@ class Penalty(Recipe):
 
     def penalty(self, model: nn.Module) -> Float[Tensor, ""]:
         """The penalty of a network, of which autograd takes the gradient."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement penalty()")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weight = self.weight / getattr(trainer, "accumulate_grad_batches", 1)
