@@ -4,11 +4,11 @@
 
 Forward passes without gradients, in turns; `added` is the ratio of medians less 1, with its 95 % interval. Token
 sampling is measured once with every token staying, so that what it saves is not counted, and once as it is, on random
-weights and tokens. Anchoring an image before its patch embedding, one cheap convolution, is measured for images in
-planes and for channels-last ones, and so are whole networks; `read and copied` is what one sum and one copy of these
-images add. Everything is timed twice: with an allocator that returns freed memory to the system, where every larger
-tensor may come as fresh pages, and with one that keeps it; all of it in three processes, minutes apart, of which the
-middle one counts.
+weights and tokens. Anchoring an image is measured before the patch embeddings of PolyViT and PolyTwins, which are a
+convolution and a norm, and before that convolution alone; for images in planes, as data sets give them, and for
+channels-last ones; and in whole networks. `read and copied` is what one sum and one copy of the images add. Everything
+is timed twice: with an allocator that returns freed memory to the system, where every larger tensor may come as fresh
+pages, and with one that keeps it; all of it in three processes, minutes apart, of which the middle one counts.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import opsin
 from opsin.compress import adaptive_token_sampler as ats
+from opsin.layers import PatchEmbed
 from opsin.measure.evidence import machine
 from opsin.ops.attention.poly_anchor_vit import anchor
 from opsin.train.allocator import keep_freed_memory
@@ -52,12 +53,13 @@ def pairs() -> Iterator[Pair]:
         yield "anchoring, attention", f"window attention, {where}", x, plain, anchored
         reduced = opsin.create("subsampled_attention", dim=dim, sr_ratio=reduction).eval()
         yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, reduction)
-    for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 16, 768), (8, 4, 64)):
-        x, embed = torch.randn(n, 3, 224, 224), nn.Conv2d(3, dim, patch, patch)
-        name = f"{n} x 3 x 224 x 224, {dim} channels, patches of {patch}"
-        yield "anchoring, patch embedding", name, x, embed, after_anchor(embed, patch)
-        x, embed = (thing.to(memory_format=torch.channels_last) for thing in (x, copy.deepcopy(embed)))
-        yield "the same, channels-last images", name, x, embed, after_anchor(embed, patch)
+    for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 16, 768), (1, 4, 64), (8, 4, 64)):
+        embed, where = PatchEmbed(3, dim, patch, norm=nn.LayerNorm), f"{n} x 3 x 224 x 224, {patch}^2 -> {dim}"
+        for kind, layer in (("patch embedding", embed), ("its convolution alone", embed.proj)):
+            x, last = torch.randn(n, 3, 224, 224), copy.deepcopy(layer)
+            yield f"anchoring, {kind}", where, x, layer, after_anchor(layer, patch)
+            x, last = (thing.to(memory_format=torch.channels_last) for thing in (x, last))
+            yield f"anchoring channels-last images, {kind}", where, x, last, after_anchor(last, patch)
     yield from sampled_blocks()
     for plain_name, name in (
         ("vit_small_patch16_224", "polyvit_small_patch16"),

@@ -49,6 +49,13 @@ def test_patches_are_linear_maps_and_odd_rests_are_padded():
     torch.testing.assert_close(y, layer(whole))
 
 
+@pytest.mark.parametrize("patch_size", [4, 16])
+def test_patches_of_images_in_planes_and_in_pixels_are_the_same(patch_size):
+    layer, x = PatchEmbed(3, 8, patch_size), torch.randn(2, 3, 32, 32)
+    assert layer(x).is_contiguous() == (patch_size == 4)  # small patches come out as tokens
+    torch.testing.assert_close(layer(x), layer(x.contiguous(memory_format=torch.channels_last)))
+
+
 def test_layer_scale_is_a_gain_per_channel():
     layer = LayerScale(3, 0.1)
     assert torch.allclose(layer(torch.ones(2, 3)), torch.full((2, 3), 0.1))

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from opsin.layers.kept import constant
+from opsin.layers.patch import SMALL
 from opsin.layers.tokens import taken
 from opsin.layers.windows import pad_to_windows
 from opsin.ops import native
@@ -30,7 +31,6 @@ from opsin.ops.attention.window_attention import WindowAttention
 
 SOURCE = str(Path(__file__).with_name("poly_anchor.cpp"))
 LOOPS = {"strongest_phases": "pp" + 8 * "l", "anchored": "pp" + 9 * "l"}
-MANY = 1000  # patches in a batch, from which on a convolution of images is faster on channels-last memory
 
 
 def counted(size: Sequence[int], stride: tuple[int, int]) -> tuple[int, int]:
@@ -104,13 +104,13 @@ def shifts(phases: tuple[int, int], device: torch.device) -> tuple[Int[Tensor, "
 def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
     """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is.
 
-    Images of many patches may come as channels-last, which costs nothing here: a convolution reads them faster so, but
-    turns its weights round first, which few patches do not repay.
+    Images may come as channels-last where the stride is that of small patches: PatchEmbed wants them so, and here that
+    costs nothing.
     """
-    size = (x.shape[2], x.shape[3])
-    phases, tokens = counted(size, (stride, stride) if isinstance(stride, int) else stride), as_tokens(x)
+    size, stride = (x.shape[2], x.shape[3]), (stride, stride) if isinstance(stride, int) else stride
+    phases, tokens = counted(size, stride), as_tokens(x)
     if (run := loop("anchored", x, tokens)) is not None:
-        turn = x.shape[1] == 3 and x.numel() >= 3 * MANY * phases[0] * phases[1]
+        turn = x.shape[1] == 3 and max(stride) <= SMALL
         moved = torch.empty_like(x, memory_format=torch.channels_last) if turn else torch.empty_like(x)
         run(x.data_ptr(), moved.data_ptr(), *x.shape, *phases, tokens, turn or tokens, torch.get_num_threads())
         return moved

@@ -94,18 +94,23 @@ def fft_conv(
     that do not fit, a kernel longer than a circular convolution, a start outside the taps or in a circular convolution,
     an unknown backend, one that cannot run here, or factors for one that has none.
     """
-    size = u.shape
-    for gate in gates:
-        if gate is not None and gate.shape != size:
-            raise BadInput(f"a gate has the shape of the input, {tuple(size)}, not {tuple(gate.shape)}")
+    if gates[0] is not None or gates[1] is not None:
+        _fitting(u, gates)
     if backend == "triton":
         require_kernel(u)
         if _double(u, k, *gates):
             raise BadInput("the fused kernel computes in float32 at most; take another backend for float64")
     cuda = u.device if u.is_cuda and (backend == "triton" or _wanted(u, k, *gates)) else None
     plan = _plan.__wrapped__ if is_compiling() else _plan  # symbolic sizes cannot be kept
-    engine, n = plan(size, k.shape, causal, backend, tuple(factors) if factors else None, start, cuda)
+    engine, n = plan(u.shape, k.shape, causal, backend, tuple(factors) if factors else None, start, cuda)
     return long_conv(u, k, start, n, gates, engine)
+
+
+def _fitting(u: Tensor, gates: Gates) -> None:
+    """Raises BadInput for a gate that has not the shape of the input."""
+    for gate in gates:
+        if gate is not None and gate.shape != u.shape:
+            raise BadInput(f"a gate has the shape of the input, {tuple(u.shape)}, not {tuple(gate.shape)}")
 
 
 def _double(*tensors: Tensor | None) -> bool:
