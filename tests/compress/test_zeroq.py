@@ -103,6 +103,10 @@ def test_distilled_images_have_the_statistics_that_batch_norms_remember(entrance
     assert torch.equal(x, again), "the same seed gives the same images"
 
 
+def test_images_are_distilled_where_the_network_lies():
+    assert distil(network().to("meta"), (4, 3, 16, 16), steps=0)[0].is_meta
+
+
 def test_networks_without_batch_norms_are_named():
     with pytest.raises(BadInput, match="no batch norms"):
         distil(nn.Sequential(nn.Conv2d(3, 4, 3)), (1, 3, 8, 8), steps=1)

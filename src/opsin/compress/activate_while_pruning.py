@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader
 from opsin.compress import Budget, Compressed, Report
 from opsin.compress.dead_neurons import dead_rates
 from opsin.compress.importance import Batch, importance_of, least, prunable
-from opsin.compress.measured import accuracy, device_of, measured
+from opsin.compress.measured import accuracy, measured
 from opsin.compress.quantiser import weight_of
 from opsin.compress.sparse import SparseLayer, place_bytes
 from opsin.data import Data
 from opsin.data.batches import collate
 from opsin.errors import BadInput
+from opsin.layers.device import device_of
 from opsin.tasks.outputs import scores
 
 HOSTS = ("magnitude", "gradient", "lamp", "lookahead", "synflow")

@@ -30,9 +30,10 @@ from torch.nn import functional as F
 
 from opsin.backbones.vit import Block, VisionTransformer, interpolate_positions
 from opsin.compress import Budget, Compressed, Report
-from opsin.compress.measured import accuracy, device_of, measured
+from opsin.compress.measured import accuracy, measured
 from opsin.data import Data
 from opsin.errors import BadInput
+from opsin.layers.device import device_of
 from opsin.layers.tokens import addresses, at
 from opsin.ops import native
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsin.compress.importance import path_network, prunable
-from opsin.compress.measured import device_of
 from opsin.compress.quantiser import CONVOLUTIONS, PackedLayer, weight_of
 from opsin.errors import BadInput
+from opsin.layers.device import device_of
 
 aten = torch.ops.aten
 RELUS = (aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_)

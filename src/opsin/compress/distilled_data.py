@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from opsin.errors import BadInput
+from opsin.layers.device import device_of
 from opsin.layers.normalize import Normalize
 
 
@@ -68,7 +69,7 @@ def distil(
     Adam on the pixels from Gaussian noise; the rate falls tenfold after 100 steps without progress. The model stays in
     eval mode, and its statistics do not move. Raises BadInput where it has no batch norms.
     """
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device_of(model))
     collector = Statistics(model)
     x = _in_input_space(noise, collector.entrance).requires_grad_()
     optimiser = torch.optim.Adam([x], lr=lr)

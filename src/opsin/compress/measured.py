@@ -7,14 +7,10 @@ from torch import Tensor, nn
 from opsin.compress.quantiser import QUANTISABLE, QuantisedLayer, weight_of
 from opsin.compress.sparse import SparseLayer
 from opsin.data import Data
+from opsin.layers.device import device_of
 from opsin.measure.cost import count_macs
 from opsin.measure.latency import latency
 from opsin.tasks.outputs import scores
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network lies."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def weight_bits(model: nn.Module) -> float:

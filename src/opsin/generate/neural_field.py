@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from opsin.data.images import read_image
 from opsin.errors import BadInput, TrainingFailed
+from opsin.layers.device import device_of
 from opsin.ops.normact.cam_neural_field import EPS, Modulation, TemporalModulation, TriPlane, pixel_centres
 
 GRID_SPEED = 10.0  # learning rate of grids over that of weights
@@ -145,11 +146,6 @@ class SignalField(NeuralField):
 
     def signal(self, length: int) -> Float[Tensor, "length k"]:
         return self.values(torch.linspace(0, 1, length, device=self.last.weight.device)[:, None])
-
-
-def device_of(field: nn.Module) -> torch.device:
-    """Where the weights of a field are."""
-    return next(field.parameters()).device
 
 
 def parameter_groups(field: nn.Module, lr: float) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.errors import BadInput, TrainingFailed
-from opsin.generate.neural_field import FieldLayer, Octaves, device_of, parameter_groups
+from opsin.generate.neural_field import FieldLayer, Octaves, parameter_groups
+from opsin.layers.device import device_of
 from opsin.ops.normact.cam_neural_field import Modulation, TriPlane
 
 Coordinate = Literal["space", "view", "time"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opsin.data import Data
 from opsin.errors import BadInput
+from opsin.layers.device import device_of
 from opsin.tasks import Task, TaskModel
 from opsin.train.module import numbers
 from opsin.train.sampler import EvalBatches, loader, mix, seed_generators
@@ -17,11 +18,6 @@ class Predictions(NamedTuple):
 
     logits: Tensor
     targets: Tensor
-
-
-def device_of(model: TaskModel) -> torch.device:
-    """Where the model lies."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def split_of(data: Data, split: str) -> Any:
