@@ -31,7 +31,7 @@ from opsin.ops.attention.poly_anchor_vit import anchor
 from opsin.train.allocator import keep_freed_memory
 from turns import Times, forward, middle, repeated, timed
 
-RESULTS = Path(__file__).parent / "results" / "added_cost.json"
+RESULTS = Path(__file__).parent / "results"
 STAGES = [
     (2, 64, 56, 8),
     (8, 64, 56, 8),
@@ -105,12 +105,13 @@ def main() -> None:
     runs = repeated([("returned",), ("kept",)] if keep_freed_memory() else [("returned",)])
     rows = [compared(kind, layer, runs) for memory, kind, layer in runs if memory == "returned"]
     where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
-    RESULTS.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
+    results = RESULTS / ("added_cost.json" if options.threads == 1 else f"added_cost_{options.threads}_threads.json")
+    results.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
     lines = ["| what | layer | ms | added | freed memory kept | read and copied |", "|" + " --- |" * 6]
     for row in rows:
         shares = (shown(row.get(name)) for name in ("added", "kept", "copied"))
         lines.append(f"| {row['kind']} | {row['layer']} | {row['ms']:.2f} | {' | '.join(shares)} |")
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    results.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def shown(share: list[float] | None) -> str:

@@ -102,15 +102,20 @@ def test_what_ties_stays(kind):
 
 
 @needs_compiler
-def test_the_loops_run_on_threads():
-    x, threads = torch.randn(7, 3, 256, 256), torch.get_num_threads()
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(("n", "stride"), [(1, 16), (1, 4), (1, 2), (7, 16), (7, 4)])
+def test_the_loops_run_on_threads(n, stride, memory):
+    """A map for each of them, or all of them for one map."""
+    x, threads = torch.randn(n, 3, 256, 256).contiguous(memory_format=memory), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        alone = anchor(x, 16)
+        alone, best = anchor(x, stride), strongest(x, (stride, stride))
         torch.set_num_threads(3)
-        assert torch.equal(anchor(x, 16), alone)
+        assert torch.equal(anchor(x, stride), alone) and torch.equal(strongest(x, (stride, stride)), best)
     finally:
         torch.set_num_threads(threads)
+    rolled = [one.roll((-(int(b) // stride), -(int(b) % stride)), (1, 2)) for one, b in zip(x, best)]
+    assert torch.equal(alone, torch.stack(rolled))
 
 
 @needs_compiler

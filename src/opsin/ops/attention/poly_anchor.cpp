@@ -2,7 +2,7 @@
 // another. Maps lie as planes (c, h, w) or as tokens (h, w, c).
 #include <algorithm>
 #include <cstring>
-#include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -36,61 +36,83 @@ void energies(const float* x, Size s, bool tokens, long u, float* e) {
     }
 }
 
-// The number of the strongest phase, row by row; the first where they tie.
-long strongest(const float* x, Size s, bool tokens, long rows, long columns) {
+// Calls work(0) to work(count - 1) on PyTorch's threads: others would have to fight those, which wait busily.
+template <class Work>
+void spread(long count, long threads, Work work) {
+    if (threads < 2)
+        for (long i = 0; i < count; ++i) work(i);
+    else
+#pragma omp parallel for num_threads(threads)
+        for (long i = 0; i < count; ++i) work(i);
+}
+
+// Calls work(map, threads) for n maps: a thread for each where there are enough, else all of them for one after the other.
+template <class Work>
+void each(long n, Size s, long threads, Work work) {
+    if (n * s.count() < 2 * 3 * 128 * 128) threads = 1;  // not worth waking anybody
+    if (n < threads)
+        for (long i = 0; i < n; ++i) work(i, threads);
+    else
+        spread(n, threads, [&](long i) { work(i, 1); });
+}
+
+// A phase, row by row, and the sum of its energies.
+struct Phase {
+    long number;
+    double energy;
+    void meet(Phase other) {  // the stronger one; the first where they tie
+        if (other.energy > energy || (other.energy == energy && other.number < number)) *this = other;
+    }
+};
+
+// The strongest phase of those whose first row is `part`, or any number of `parts` further down.
+Phase strongest(const float* x, Size s, bool tokens, long rows, long columns, long part, long parts) {
     std::vector<float> e(s.w);
     std::vector<double> total(rows * s.w, 0.0);
     for (long u = 0; u < s.h; ++u) {
+        if (u % rows % parts != part) continue;
         energies(x, s, tokens, u, e.data());
         double* into = total.data() + u % rows * s.w;
         for (long j = 0; j < s.w; ++j) into[j] += e[j];
     }
-    long best = 0;
-    double most = -1.0;
-    for (long i = 0; i < rows; ++i) {
+    Phase best{0, -1.0};
+    for (long i = part; i < rows; i += parts) {
         std::vector<double> sum(columns, 0.0);
         for (const double* row = total.data() + i * s.w, *end = row + s.w; row < end; row += columns)
             for (long j = 0; j < columns; ++j) sum[j] += row[j];
-        for (long j = 0; j < columns; ++j)
-            if (sum[j] > most) most = sum[j], best = i * columns + j;
+        for (long j = 0; j < columns; ++j) best.meet({i * columns + j, sum[j]});
     }
     return best;
 }
 
-// Planes of h rows of w units of `unit` floats, moved up and left: a plane at once as if it were one row, so that what
-// comes to the ends of its rows is from the rows below, then these ends.
-void roll(const float* x, float* out, long planes, long h, long w, long unit, long down, long right) {
-    const long row = w * unit, plane = h * row, end = right * unit, start = down * row + end;
-    for (const float* last = x + planes * plane; x < last; x += plane, out += plane) {
-        std::memcpy(out, x + start, (plane - start) * sizeof(float));
-        std::memcpy(out + plane - start, x, start * sizeof(float));
-        for (long u = 0; u < h; ++u)
-            std::memcpy(out + (u + 1) * row - end, x + (u + down) % h * row, end * sizeof(float));
-    }
+long strongest(const float* x, Size s, bool tokens, long rows, long columns, long threads) {
+    std::vector<Phase> found(threads);
+    spread(threads, threads, [&](long i) { found[i] = strongest(x, s, tokens, rows, columns, i, threads); });
+    for (const Phase& phase : found) found[0].meet(phase);
+    return found[0].number;
+}
+
+// Rows [from, to) of a plane of h rows of w units of `unit` floats, moved up and left: many rows at once as if they were
+// one, so that what comes to the ends of rows is from the rows below, then these ends.
+void roll(const float* x, float* out, long h, long w, long unit, long down, long right, long from, long to) {
+    const long row = w * unit, end = right * unit, turn = std::clamp(h - down, from, to);
+    for (auto [a, b] : {std::pair(from, turn), std::pair(turn, to)})
+        if (a < b) std::memcpy(out + a * row, x + (a + down) % h * row + end, ((b - a) * row - end) * sizeof(float));
+    for (long u = from; u < to; ++u)
+        std::memcpy(out + (u + 1) * row - end, x + (u + down) % h * row, end * sizeof(float));
 }
 
 // The same from planes to tokens.
 template <long C>
-void interleave(const float* x, float* out, long h, long w, long down, long right) {
-    for (long u = 0; u < h; ++u) {
-        const float* from = x + (u + down) % h * w;
-        float* to = out + u * w * C;
+void interleave(const float* x, float* out, long h, long w, long down, long right, long from, long to) {
+    for (long u = from; u < to; ++u) {
+        const float* source = x + (u + down) % h * w;
+        float* into = out + u * w * C;
         for (long j = 0; j < w - right; ++j)
-            for (long k = 0; k < C; ++k) to[j * C + k] = from[k * h * w + j + right];
+            for (long k = 0; k < C; ++k) into[j * C + k] = source[k * h * w + j + right];
         for (long j = w - right; j < w; ++j)
-            for (long k = 0; k < C; ++k) to[j * C + k] = from[k * h * w + j + right - w];
+            for (long k = 0; k < C; ++k) into[j * C + k] = source[k * h * w + j + right - w];
     }
-}
-
-// Maps of `size` floats over threads, none of which starts for less than an image of 128 x 128.
-template <class Work>
-void spread(long n, long size, long threads, Work work) {
-    threads = std::min({n, threads, 1 + n * size / (3 * 128 * 128)});
-    std::vector<std::thread> others;
-    for (long t = 1; t < threads; ++t)
-        others.emplace_back([=] { for (long i = t; i < n; i += threads) work(i); });
-    for (long i = 0; i < n; i += threads) work(i);
-    for (auto& other : others) other.join();
 }
 
 }  // namespace
@@ -100,23 +122,29 @@ extern "C" {
 void strongest_phases(const float* x, long* best, long n, long c, long h, long w, long rows, long columns, long tokens,
                       long threads) {
     const Size s{c, h, w};
-    spread(n, s.count(), threads, [=](long i) { best[i] = strongest(x + i * s.count(), s, tokens, rows, columns); });
+    each(n, s, threads, [=](long i, long inside) {
+        best[i] = strongest(x + i * s.count(), s, tokens, rows, columns, inside);
+    });
 }
 
 // What comes as planes leaves as planes or, only where there are three, as tokens.
 void anchored(const float* x, float* out, long n, long c, long h, long w, long rows, long columns, long tokens,
               long tokens_out, long threads) {
     const Size s{c, h, w};
-    spread(n, s.count(), threads, [=](long i) {
+    each(n, s, threads, [=](long i, long inside) {
         const float* from = x + i * s.count();
         float* to = out + i * s.count();
-        const long best = strongest(from, s, tokens, rows, columns), down = best / columns, right = best % columns;
-        if (tokens)
-            roll(from, to, 1, h, w, c, down, right);
-        else if (tokens_out)
-            interleave<3>(from, to, h, w, down, right);
-        else
-            roll(from, to, c, h, w, 1, down, right);
+        const long best = strongest(from, s, tokens, rows, columns, inside);
+        const long down = best / columns, right = best % columns;
+        spread(inside, inside, [=](long part) {
+            const long first = part * h / inside, last = (part + 1) * h / inside;
+            if (tokens)
+                roll(from, to, h, w, c, down, right, first, last);
+            else if (tokens_out)
+                interleave<3>(from, to, h, w, down, right, first, last);
+            else
+                for (long k = 0; k < c * h * w; k += h * w) roll(from + k, to + k, h, w, 1, down, right, first, last);
+        });
     });
 }
 }
