@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+from pathlib import Path
 from shutil import which
 
 import pytest
@@ -52,6 +53,25 @@ def test_it_is_compiled_once_until_it_changes(source, monkeypatch):
     native.library.cache_clear()
     with pytest.raises(pytest.fail.Exception, match="compiled again"):
         native.library(source)
+
+
+def openmp_libraries() -> set[str]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line}
+
+
+@needs_compiler
+@pytest.mark.skipif(not native.threading(), reason="PyTorch has another OpenMP than compilers link")
+def test_threads_are_those_of_pytorch(source, monkeypatch):
+    source.write_text(SUM.replace("for", "\n#pragma omp parallel for reduction(+ : out[0])\nfor"))
+    x, out, before = torch.ones(1000), torch.empty(1), openmp_libraries()
+    native.loop(str(source), "sum", "ppl")(x.data_ptr(), out.data_ptr(), 1000)
+    assert out == 1000 and openmp_libraries() == before
+    monkeypatch.setattr(native, "threading", lambda: ())
+    native.library.cache_clear()
+    native.loop.cache_clear()
+    native.loop(str(source), "sum", "ppl")(x.data_ptr(), out.data_ptr(), 1000)
+    assert out == 1000 and len(list((source.parent / "cache" / "opsin").iterdir())) == 2
 
 
 def test_no_compiler_or_no_wish_is_no_loop(source, monkeypatch):

@@ -56,7 +56,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     compiler = next(filter(None, found), None)
     if compiler is None or os.name != "posix" or os.environ.get("OPSIN_NATIVE") == "0":  # elsewhere a long has 32 bits
         return None
-    made_of = repr((source.read_bytes(), FLAGS, compiler, _processor())).encode()
+    made_of = repr((source.read_bytes(), FLAGS, threading(), compiler, _processor())).encode()
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opsin"
         path = place / f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
@@ -71,16 +71,25 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
+def threading() -> tuple[str, ...]:
+    """The flag for threads, where they are those that PyTorch has; others would fight those, so elsewhere there is one.
+
+    That is where PyTorch has loaded its OpenMP by the name that a compiler links.
+    """
+    try:
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+    except (OSError, AttributeError):
+        return ()
+    return ("-fopenmp",)
+
+
 def _compile(compiler: str, source: Path, path: Path) -> None:
     """In a folder of its own, then moved into place: other processes see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(source), "-o", str(made)]
-        try:  # with OpenMP, whose library PyTorch has loaded; some compilers come without, and then one thread does it
-            subprocess.run([*command, "-fopenmp"], check=True, capture_output=True, timeout=120)
-        except subprocess.CalledProcessError:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        command = [compiler, *FLAGS, *threading(), str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         made.replace(path)
 
 
