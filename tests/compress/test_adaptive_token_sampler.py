@@ -161,6 +161,27 @@ def test_the_loops_do_what_the_operators_do(missing, monkeypatch):
     assert torch.equal(alone[0], inverse_transform(scores[:, :1], exists[:, :1], 8))
 
 
+@pytest.mark.skipif(native.library(Path(SOURCE)) is None, reason="no C++ compiler, or OPSIN_NATIVE=0")
+@torch.no_grad()
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_loops_run_on_threads(n):
+    """Tokens and images are shared out; no sum is."""
+    q, k, v = torch.randn(n, 50, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind()
+    exists, threads = torch.rand(n, 50) > 0.2, torch.get_num_threads()
+
+    def found() -> list[torch.Tensor]:
+        scores = significance(q[:, :, 0], k, v, 0.25, exists, "attention_value")
+        return [scores, inverse_transform(scores, exists[:, 1:], 20)]
+
+    torch.set_num_threads(1)
+    try:
+        alone = found()
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, found(), alone))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def test_scores_want_no_particular_memory():
     q, k, v = torch.randn(3, 2, 4, 9, 5).unbind()

@@ -55,6 +55,21 @@ def test_it_is_compiled_once_until_it_changes(source, monkeypatch):
         native.library(source)
 
 
+@needs_compiler
+def test_files_share_a_header_and_change_with_it(source, monkeypatch):
+    again = "spread(n, 1, [=](long i) { out[0] += x[i]; });\nfor"
+    source.write_text('#include "native.h"\n' + SUM.replace("for", again))
+    x, out = torch.rand(10), torch.empty(1)
+    native.loop(str(source), "sum", "ppl")(x.data_ptr(), out.data_ptr(), 10)
+    assert torch.allclose(out, 2 * x.sum())
+    header = source.with_name("native.h")
+    header.write_bytes(native.HEADER.read_bytes() + b"// changed")
+    monkeypatch.setattr(native, "HEADER", header)
+    native.library.cache_clear()
+    assert native.library(source) is not None
+    assert len(list((source.parent / "cache" / "opsin").iterdir())) == 2
+
+
 def openmp_libraries() -> set[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line}
@@ -127,3 +142,10 @@ def test_graphs_do_not_know_of_loops():
     assert torch.equal(Chosen()(x), x + 1)
     assert torch.equal(torch.export.export(Chosen(), (x,)).module()(x), x - 1)
     assert torch.equal(torch.compile(Chosen(), backend="eager", fullgraph=True)(x), x - 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", sorted(Path(native.__file__).parents[1].rglob("*.cpp")), ids=lambda path: path.stem)
+def test_the_package_s_own_files_compile(source, path, recwarn):
+    """Elsewhere the tests of loops that cannot be had are skipped."""
+    assert native.library(path) is not None and not recwarn.list

@@ -56,10 +56,10 @@ def inverse_transform(
     to a midpoint is a division. (The sum is not scaled to [0, 1], which would move tokens and points alike.)
     """
     rows = scores.stride(1) == exists.stride(1) == 1 and exists.dtype == torch.bool and native.takes(scores)
-    if rows and (run := native.loop(SOURCE, "inverse_transform", "ppp" + 5 * "l")):
+    if rows and (run := native.loop(SOURCE, "inverse_transform", "ppp" + 6 * "l")):
         chosen = torch.empty(scores.shape, dtype=torch.bool)
         places = scores.data_ptr(), exists.data_ptr(), chosen.data_ptr()
-        run(*places, *scores.shape, scores.stride(0), exists.stride(0), tokens)
+        run(*places, *scores.shape, scores.stride(0), exists.stride(0), tokens, torch.get_num_threads())
         return chosen
     ordered, order = scores.masked_fill(~exists, -1.0).sort(1)  # what does not exist comes first and adds nothing
     absent, total = ordered < 0, ordered.clamp_min(0).cumsum(1)
@@ -100,11 +100,12 @@ def significance(
     alike = keys.stride() == values.stride() == (*query.stride()[:2], keys.stride(2), 1)
     rows = exists is None or (exists.stride(1) == 1 and exists.dtype == torch.bool)
     plain = alike and rows and all(map(native.takes, (query, keys, values)))
-    if plain and (run := native.loop(SOURCE, "significance", "ppppp" + 9 * "l" + "f")):
+    if plain and (run := native.loop(SOURCE, "significance", "ppppp" + 9 * "l" + "fl")):
         scores = torch.empty(keys.shape[0], keys.shape[2] - 1)
         present, stride = (None, 0) if exists is None else (exists.data_ptr(), exists.stride(0))
         places = query.data_ptr(), keys.data_ptr(), values.data_ptr(), present, scores.data_ptr()
-        run(*places, *keys.shape, *keys.stride()[:3], stride, score == "attention_value", scale)
+        numbers = score == "attention_value", scale, torch.get_num_threads()
+        run(*places, *keys.shape, *keys.stride()[:3], stride, *numbers)
         return scores
     logits = torch.linalg.vecdot(keys.float(), scale * query.unsqueeze(2).float())
     logits = logits if exists is None else logits.masked_fill(~exists[:, None], -torch.inf)

@@ -2,7 +2,8 @@
 
 Nothing is compiled at installation. Where a first call finds a C++ compiler (CXX, c++, g++ or clang++), it takes a
 second to compile the file, and the library stays in the user's cache; where there is none, or OPSIN_NATIVE=0 is set,
-the same is done with PyTorch's operators. Sources lie beside the operators that use them, and export plain C functions.
+the same is done with PyTorch's operators. Sources lie beside the operators that use them, and export plain C functions;
+what they share is in native.h.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing
 
 KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
+HEADER = Path(__file__).with_suffix(".h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC")
 
 
@@ -56,7 +58,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     compiler = next(filter(None, found), None)
     if compiler is None or os.name != "posix" or os.environ.get("OPSIN_NATIVE") == "0":  # elsewhere a long has 32 bits
         return None
-    made_of = repr((source.read_bytes(), FLAGS, threading(), compiler, _processor())).encode()
+    made_of = repr((source.read_bytes(), HEADER.read_bytes(), FLAGS, threading(), compiler, _processor())).encode()
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opsin"
         path = place / f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
@@ -88,7 +90,7 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, *threading(), str(source), "-o", str(made)]
+        command = [compiler, *FLAGS, *threading(), f"-I{HEADER.parent}", str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         made.replace(path)
 

@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "native.h"
+
 namespace {
 
 struct Size {
@@ -34,16 +36,6 @@ void energies(const float* x, Size s, bool tokens, long u, float* e) {
         for (long k = 0; k < s.c; ++k) sum += x[k] * x[k];
         e[j] = sum;
     }
-}
-
-// Calls work(0) to work(count - 1) on PyTorch's threads: others would have to fight those, which wait busily.
-template <class Work>
-void spread(long count, long threads, Work work) {
-    if (threads < 2)
-        for (long i = 0; i < count; ++i) work(i);
-    else
-#pragma omp parallel for num_threads(threads)
-        for (long i = 0; i < count; ++i) work(i);
 }
 
 // Calls work(map, threads) for n maps: a thread for each where there are enough, else all of them for one after the other.
