@@ -13,6 +13,7 @@ import torch
 
 from opsin.measure.cost import count_macs, count_params
 from opsin.measure.evidence import ClaimBudget, Evidence, Experiment
+from opsin.measure.memory import peak_memory
 from opsin.ops.conv.apriori_separable_conv import FactoredConv, PairConv, pair_ranks
 from opsin.science.wave import Waves, energy, random_layers, random_pulses, solve, stable_step, trajectories
 from opsin.science.wave_surrogate import WaveSurrogate, fit, rollout_error
@@ -104,6 +105,10 @@ def run(budget: ClaimBudget) -> Evidence:
     inputs = (test.fields[:1, :2], test.speed[:1])
     experiment.record("weights", sizes)
     experiment.record("multiply-adds", {name: count_macs(build(), inputs) for name, build in MODELS.items()})
+    batch = (test.fields[:BATCH, :2], test.speed[:BATCH])
+    for name, training in (("inference", False), ("a training step", True)):
+        peaks = {n: peak_memory(build(), batch, training=training) / 2**20 for n, build in MODELS.items()}
+        experiment.record(f"peak MiB of {name}, {BATCH} samples", peaks)
     experiment.record("roll-out error", errors)
     experiment.record("seconds of training", times)
     experiment.record("milliseconds of inference, folded", {n: inference_ms(b(), test) for n, b in MODELS.items()})
