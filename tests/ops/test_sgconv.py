@@ -57,6 +57,11 @@ def test_a_learned_decay_of_the_official_repository_loads():
     made.load_state_dict(remap(state))
 
 
+def test_pieces_start_as_standard_normal():
+    for piece in SGConv(64, 512).kernel_list:
+        assert float(piece.std()) == pytest.approx(1, rel=0.05) and abs(float(piece.mean())) < 0.05
+
+
 @pytest.mark.parametrize(("length", "scales"), [(4, 1), (8, 1), (9, 2), (16, 2), (17, 3), (64, 4), (100, 5)])
 def test_number_and_lengths_of_pieces(length, scales):
     made = SGConv(2, length, channels=3, kernel_dim=8)

@@ -95,6 +95,13 @@ def test_shifting_the_image_does_not_shift_the_output():
         assert torch.allclose(shifted[inner], y[inner], atol=1e-5) == moves
 
 
+def test_the_generator_is_small_by_default():
+    op = TVConv(8, (5, 6))
+    assert op.posi_map.shape == (1, 4, 5, 6) and (op.posi_map == 1).all() and op.bias_layers is None
+    shapes = [tuple(p.shape) for p in op.weight_layers.parameters() if p.shape[-1] == 3]
+    assert shapes == [(16, 4, 3, 3), (16, 16, 3, 3), (72, 16, 3, 3)]
+
+
 def test_positions_are_alike_at_first_and_differ_after_a_step():
     op = TVConv(4, (14, 14))
     inner = op.generate()[0][..., 4:-4, 4:-4]
