@@ -79,7 +79,7 @@ MEMORY = [torch.contiguous_format, torch.channels_last]
 @pytest.mark.parametrize(
     ("shape", "stride"),
     [((3, 3, 24, 40), 8), ((2, 5, 21, 14), 7), ((2, 1, 16, 16), 4), ((2, 64, 28, 28), 4), ((2, 3, 20, 21), (4, 5)),
-     ((3, 3, 128, 128), 4)],
+     ((3, 3, 128, 128), 4), ((2, 3, 12, 48), 6), ((2, 3, 64, 64), 32), ((2, 3, 32, 48), 16)],
 )  # fmt: skip
 def test_the_loops_do_what_the_operators_do(shape, stride, memory, monkeypatch):
     x = torch.randn(shape).contiguous(memory_format=memory)
