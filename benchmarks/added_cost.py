@@ -4,11 +4,11 @@
 
 Forward passes without gradients, in turns; `added` is the ratio of medians less 1, with its 95 % interval. Token
 sampling is measured once with every token staying, so that what it saves is not counted, and once as it is, on random
-weights and tokens. Anchoring an image is measured before the patch embeddings of PolyViT and PolyTwins, which are a
-convolution and a norm, and before that convolution alone; for images in planes, as data sets give them, and for
-channels-last ones; and in whole networks. `read and copied` is what one sum and one copy of the images add. Everything
-is timed twice: with an allocator that returns freed memory to the system, where every larger tensor may come as fresh
-pages, and with one that keeps it; all of it in three processes, minutes apart, of which the middle one counts.
+weights and tokens. Anchoring an image is measured with the patch embeddings of PolyViT and PolyTwins, which are a
+convolution and a norm, and with the convolution alone; for images in planes, as data sets give them, and for
+channels-last ones; and in whole networks. Everything is timed twice: with an allocator that returns freed memory to the
+system, where every larger tensor may come as fresh pages, and with one that keeps it; all of it in three processes,
+minutes apart, of which the middle one counts.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ import opsin
 from opsin.compress import adaptive_token_sampler as ats
 from opsin.layers import PatchEmbed
 from opsin.measure.evidence import machine
-from opsin.ops.attention.poly_anchor_vit import anchor
+from opsin.ops.attention.poly_anchor_vit import anchor, embedded
 from opsin.train.allocator import keep_freed_memory
 from turns import Times, forward, middle, repeated, timed
 
@@ -54,12 +55,13 @@ def pairs() -> Iterator[Pair]:
         reduced = opsin.create("subsampled_attention", dim=dim, sr_ratio=reduction).eval()
         yield "anchoring, attention", f"sub-sampled attention, {where}", x, reduced, after_anchor(reduced, reduction)
     for n, patch, dim in ((1, 16, 384), (8, 16, 384), (8, 16, 768), (1, 4, 64), (8, 4, 64)):
-        embed, where = PatchEmbed(3, dim, patch, norm=nn.LayerNorm), f"{n} x 3 x 224 x 224, {patch}^2 -> {dim}"
-        for kind, layer in (("patch embedding", embed), ("its convolution alone", embed.proj)):
-            x, last = torch.randn(n, 3, 224, 224), copy.deepcopy(layer)
-            yield f"anchoring, {kind}", where, x, layer, after_anchor(layer, patch)
-            x, last = (thing.to(memory_format=torch.channels_last) for thing in (x, last))
-            yield f"anchoring channels-last images, {kind}", where, x, last, after_anchor(last, patch)
+        for kind, norm in (("patch embedding", nn.LayerNorm), ("without its norm", nn.Identity)):
+            embed, x = PatchEmbed(3, dim, patch, norm=norm).eval(), torch.randn(n, 3, 224, 224)
+            where = f"{n} x 3 x 224 x 224, {patch}^2 -> {dim}"
+            yield f"anchoring, {kind}", where, x, embed, partial(embedded, embed)
+            last = copy.deepcopy(embed).to(memory_format=torch.channels_last)
+            x = x.to(memory_format=torch.channels_last)
+            yield f"anchoring channels-last images, {kind}", where, x, last, partial(embedded, last)
     yield from sampled_blocks()
     for plain_name, name in (
         ("vit_small_patch16_224", "polyvit_small_patch16"),
@@ -107,9 +109,9 @@ def main() -> None:
     where = {"machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
     results = RESULTS / ("added_cost.json" if options.threads == 1 else f"added_cost_{options.threads}_threads.json")
     results.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
-    lines = ["| what | layer | ms | added | freed memory kept | read and copied |", "|" + " --- |" * 6]
+    lines = ["| what | layer | ms | added | freed memory kept |", "|" + " --- |" * 5]
     for row in rows:
-        shares = (shown(row.get(name)) for name in ("added", "kept", "copied"))
+        shares = (shown(row.get(name)) for name in ("added", "kept"))
         lines.append(f"| {row['kind']} | {row['layer']} | {row['ms']:.2f} | {' | '.join(shares)} |")
     results.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
@@ -127,19 +129,16 @@ def compared(kind: str, layer: str, runs: dict[tuple[Any, ...], list[Times]]) ->
     found, kept = (runs.get((memory, kind, layer), [{}]) for memory in ("returned", "kept"))
     ms = median(median(times["plain"]) for times in found)
     row: dict[str, Any] = {"kind": kind, "layer": layer, "ms": round(ms, 3)}
-    for name, times, run in (("added", found, "wrapped"), ("kept", kept, "wrapped"), ("copied", found, "copied")):
-        if run in times[0]:
-            row[name] = [round(value - 1, 4) for value in middle(times, run, "plain")]
+    for name, times in (("added", found), ("kept", kept)):
+        if times[0]:
+            row[name] = [round(value - 1, 4) for value in middle(times, "wrapped", "plain")]
     return row
 
 
 def measured(rounds: int) -> Iterator[tuple[tuple[str, str], Times]]:
-    """Kind and layer, and milliseconds of the layer alone, with what is added, and with a sum and a copy of images."""
+    """Kind and layer, and milliseconds of the layer alone and with what is added."""
     for kind, layer, x, plain, wrapped in pairs():
-        runs = {"plain": forward(plain, x), "wrapped": forward(wrapped, x)}
-        if x.ndim == 4 and x.shape[1] == 3:
-            runs["copied"] = forward(lambda x, plain=plain: (x.sum(), plain(x.clone()))[1], x)
-        yield (kind, layer), timed(runs, rounds)
+        yield (kind, layer), timed({"plain": forward(plain, x), "wrapped": forward(wrapped, x)}, rounds)
 
 
 if __name__ == "__main__":

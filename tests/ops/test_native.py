@@ -62,12 +62,16 @@ def test_files_share_a_header_and_change_with_it(source, monkeypatch):
     x, out = torch.rand(10), torch.empty(1)
     native.loop(str(source), "sum", "ppl")(x.data_ptr(), out.data_ptr(), 10)
     assert torch.allclose(out, 2 * x.sum())
-    header = source.with_name("native.h")
-    header.write_bytes(native.HEADER.read_bytes() + b"// changed")
-    monkeypatch.setattr(native, "HEADER", header)
+    shared = source.parent / "elsewhere" / "native.h"
+    shared.parent.mkdir()
+    shared.write_bytes(native.HEADER.read_bytes() + b"// changed")
+    monkeypatch.setattr(native, "HEADER", shared)
     native.library.cache_clear()
     assert native.library(source) is not None
-    assert len(list((source.parent / "cache" / "opsin").iterdir())) == 2
+    source.with_name("beside.h").write_text("// new")
+    native.library.cache_clear()
+    assert native.library(source) is not None
+    assert len(list((source.parent / "cache" / "opsin").iterdir())) == 3
 
 
 def openmp_libraries() -> set[str]:

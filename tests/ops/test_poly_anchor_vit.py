@@ -1,16 +1,20 @@
 """Anchoring: the definition, exact equivariance, the official operator's choice, and the attentions around it."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from opsin.errors import BadInput
+from opsin.layers import PatchEmbed
 from opsin.ops import native
 from opsin.ops.attention import poly_anchor_vit
-from opsin.ops.attention.poly_anchor_vit import PolyAnchorAttention, anchor, counted, strongest
+from opsin.ops.attention.poly_anchor_vit import PolyAnchorAttention, anchor, counted, embedded, strongest
 from opsin.ops.attention.subsampled_attention import SubsampledAttention
 from opsin.ops.attention.window_attention import WindowAttention
 
@@ -118,13 +122,99 @@ def test_the_loops_run_on_threads(n, stride, memory):
     assert torch.equal(alone, torch.stack(rolled))
 
 
+def read(embed: PatchEmbed, x: Tensor) -> Tensor:
+    """The embedded map, which no convolution has seen."""
+    with torch.no_grad(), patch.object(PatchEmbed, "forward", side_effect=AssertionError):
+        return embedded(embed, x)
+
+
 @needs_compiler
-def test_images_come_as_tokens_before_small_patches_and_nothing_else_does():
-    last = [
-        anchor(torch.randn(shape), stride).is_contiguous(memory_format=torch.channels_last)
-        for shape, stride in (((2, 3, 64, 64), 4), ((2, 3, 64, 64), 16), ((2, 4, 64, 64), 4))
-    ]
-    assert last == [True, False, False]
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("kept", MEMORY)
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "dim"),
+    [((2, 3, 64, 224), 16, 384), ((3, 3, 20, 32), 4, 64), ((1, 3, 32, 60), 4, 96), ((2, 64, 14, 30), 2, 40),
+     ((4, 1, 21, 7), 7, 7), ((2, 5, 4, 3), 1, 130), ((0, 3, 8, 8), 4, 16)],
+)  # fmt: skip
+def test_patches_are_read_where_they_begin(shape, patch_size, dim, memory, kept):
+    embed = PatchEmbed(shape[1], dim, patch_size, nn.LayerNorm).eval().to(memory_format=kept)
+    x = torch.randn(shape).contiguous(memory_format=memory)
+    with torch.no_grad():
+        assert torch.allclose(read(embed, x), embed(anchor(x, patch_size)), atol=2e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory", MEMORY)
+def test_what_is_read_moves_with_the_image_bit_for_bit(memory):
+    embed, x = PatchEmbed(3, 48, 4).eval(), torch.randn(2, 3, 40, 44)
+    base = read(embed, x.contiguous(memory_format=memory))
+    for shift in SHIFTS:
+        moved = read(embed, x.roll(shift, (2, 3)).contiguous(memory_format=memory))
+        options = [base.roll((i, j), (1, 2)) for i in range(10) for j in range(11)]
+        assert all(any(torch.equal(moved[n], option[n]) for option in options) for n in range(2))
+
+
+@needs_compiler
+def test_patches_are_read_on_threads():
+    embed, threads = PatchEmbed(3, 96, 4).eval(), torch.get_num_threads()
+    try:
+        for n in (1, 5):
+            x = torch.randn(n, 3, 100, 100)
+            torch.set_num_threads(1)
+            alone = read(embed, x)
+            torch.set_num_threads(3)
+            assert torch.equal(read(embed, x), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def hooked(embed: PatchEmbed) -> None:
+    embed.proj.register_forward_hook(lambda conv, given, out: 2 * out)
+
+
+def scaled(embed: PatchEmbed) -> None:
+    parametrize.register_parametrization(embed.proj, "weight", nn.Sequential())
+
+
+def replaced(embed: PatchEmbed, **options) -> None:
+    embed.proj = nn.Conv2d(3, 16, **options).eval()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked, scaled, lambda embed: embed.register_forward_hook(lambda embed, given, out: 2 * out),
+        lambda embed: embed.register_forward_pre_hook(lambda embed, given: 2 * given[0]),
+        lambda embed: replaced(embed, kernel_size=4, stride=4, bias=False), lambda embed: embed.train(),
+        lambda embed: replaced(embed, kernel_size=3, stride=4, padding=1), lambda embed: embed.double(),
+        lambda embed: replaced(embed, kernel_size=4, stride=2), lambda embed: replaced(embed, kernel_size=4, padding=4),
+        lambda embed: setattr(embed.proj, "forward", lambda x: F.conv2d(x.abs(), embed.proj.weight, stride=4)),
+        lambda embed: setattr(embed.proj, "bias", nn.Parameter(torch.randn(1).expand(16))),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_an_embedding_that_is_not_as_made_is_called(change):
+    """Bit for bit: the loop's rounding would differ."""
+    embed = PatchEmbed(3, 16, 4).eval()
+    change(embed)
+    x = torch.randn(2, 3, 64, 96, dtype=embed.proj.weight.dtype)
+    assert torch.equal(embedded(embed, x), embed(anchor(x, 4)))
+
+
+def test_gradients_autocast_counters_and_odd_sizes_see_the_convolution():
+    embed, x = PatchEmbed(3, 16, 4).eval(), torch.randn(2, 3, 16, 24)
+    embedded(embed, x).sum().backward()
+    assert embed.proj.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert embedded(embed, x).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            embedded(embed, x)
+        assert counter.get_total_flops() == 2 * 2 * 24 * 48 * 16
+        odd = torch.randn(2, 3, 15, 24)
+        assert torch.equal(embedded(embed, odd), embed(anchor(odd, 4)))
+        with pytest.raises(RuntimeError, match="channels"):
+            embedded(embed, torch.randn(2, 5, 16, 16))
 
 
 @needs_compiler

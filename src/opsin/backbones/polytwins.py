@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from opsin.backbones import twins
-from opsin.ops.attention.poly_anchor_vit import anchor
+from opsin.ops.attention.poly_anchor_vit import anchor, embedded
 
 VARIANTS = {
     "polytwins_svt_small": twins.VARIANTS["twins_svt_small"],
@@ -42,7 +42,7 @@ class PolyTwins(twins.Twins):
     def stage(self, number: int, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n h2 w2 c2"]:
         """Patches, then blocks, each on the map anchored to its stride, with positions after the first."""
         embed = self.patch_embeds[number]
-        x = embed(x if self.anchored(number, embed.patch_size) else anchor(x, embed.patch_size))
+        x = embed(x) if self.anchored(number, embed.patch_size) else embedded(embed, x)
         for i, block in enumerate(self.blocks[number]):
             if block.stride > 1:
                 x = anchor(x.permute(0, 3, 1, 2), block.stride).permute(0, 2, 3, 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opsin.backbones.vit import VisionTransformer
 from opsin.layers import PatchEmbed, init_weights_
-from opsin.ops.attention.poly_anchor_vit import anchor
+from opsin.ops.attention.poly_anchor_vit import embedded
 
 VARIANTS = {
     "polyvit_small_patch16": dict(dim=384, depth=12, num_heads=6),
@@ -60,4 +60,4 @@ class PolyViT(VisionTransformer):
         init_weights_(self.pos_conv)
 
     def embed(self, x: Float[Tensor, "n k h w"]) -> Float[Tensor, "n h2 w2 c"]:
-        return self.pos_conv(self.patch_embed(anchor(x, self.patch_embed.patch_size)))
+        return self.pos_conv(embedded(self.patch_embed, x))

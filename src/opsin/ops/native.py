@@ -3,7 +3,7 @@
 Nothing is compiled at installation. Where a first call finds a C++ compiler (CXX, c++, g++ or clang++), it takes a
 second to compile the file, and the library stays in the user's cache; where there is none, or OPSIN_NATIVE=0 is set,
 the same is done with PyTorch's operators. Sources lie beside the operators that use them, and export plain C functions;
-what they share is in native.h.
+what they share is in native.h, and headers of their own beside them.
 """
 
 import ctypes
@@ -58,7 +58,8 @@ def library(source: Path) -> ctypes.CDLL | None:
     compiler = next(filter(None, found), None)
     if compiler is None or os.name != "posix" or os.environ.get("OPSIN_NATIVE") == "0":  # elsewhere a long has 32 bits
         return None
-    made_of = repr((source.read_bytes(), HEADER.read_bytes(), FLAGS, threading(), compiler, _processor())).encode()
+    files = [file.read_bytes() for file in (source, HEADER, *sorted(source.parent.glob("*.h")))]
+    made_of = repr((files, FLAGS, threading(), compiler, _processor())).encode()
     try:
         place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "opsin"
         path = place / f"{source.stem}-{hashlib.sha256(made_of).hexdigest()[:16]}.so"

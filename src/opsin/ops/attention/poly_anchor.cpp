@@ -1,18 +1,14 @@
-// Polyphase anchoring of n maps (see poly_anchor_vit.py): the energies of all phases in one pass, the moved copy in
-// another. Maps lie as planes (c, h, w) or as tokens (h, w, c).
+// Polyphase anchoring of n maps (see poly_anchor_vit.py): the energies of all phases in one pass, the moved copy or the
+// embedded patches in another. Maps lie as planes (c, h, w) or as tokens (h, w, c).
 #include <algorithm>
 #include <cstring>
 #include <utility>
 #include <vector>
 
 #include "native.h"
+#include "poly_patches.h"
 
 namespace {
-
-struct Size {
-    long c, h, w;
-    long count() const { return c * h * w; }
-};
 
 // Squares of all channels at the w places of a row. Their order is the same everywhere, so that shifts change nothing.
 template <long PIXEL>
@@ -20,11 +16,11 @@ void three(const float* a, const float* b, const float* c, long w, float* e) {
     for (long j = 0; j < w * PIXEL; j += PIXEL) *e++ = a[j] * a[j] + b[j] * b[j] + c[j] * c[j];
 }
 
-void energies(const float* x, Size s, bool tokens, long u, float* e) {
+void energies(const float* x, Shape s, long u, float* e) {
     const long plane = s.h * s.w;
-    x += u * s.w * (tokens ? s.c : 1);
-    if (s.c == 3) return tokens ? three<3>(x, x + 1, x + 2, s.w, e) : three<1>(x, x + plane, x + 2 * plane, s.w, e);
-    if (!tokens) {
+    x += u * s.w * (s.tokens ? s.c : 1);
+    if (s.c == 3) return s.tokens ? three<3>(x, x + 1, x + 2, s.w, e) : three<1>(x, x + plane, x + 2 * plane, s.w, e);
+    if (!s.tokens) {
         std::fill(e, e + s.w, 0.0f);
         for (long k = 0; k < s.c; ++k)
             for (long j = 0; j < s.w; ++j) e[j] += x[k * plane + j] * x[k * plane + j];
@@ -38,14 +34,13 @@ void energies(const float* x, Size s, bool tokens, long u, float* e) {
     }
 }
 
-// Calls work(map, threads) for n maps: a thread for each where there are enough, else all of them for one after the other.
+// Calls work(map, threads) for n maps: a thread for each while there are enough, all of them for every one of the rest.
 template <class Work>
-void each(long n, Size s, long threads, Work work) {
+void each(long n, Shape s, long threads, Work work) {
     if (n * s.count() < 2 * 3 * 128 * 128) threads = 1;  // not worth waking anybody
-    if (n < threads)
-        for (long i = 0; i < n; ++i) work(i, threads);
-    else
-        spread(n, threads, [&](long i) { work(i, 1); });
+    const long shared = n / threads * threads;
+    spread(shared, threads, [&](long i) { work(i, 1); });
+    for (long i = shared; i < n; ++i) work(i, threads);
 }
 
 // A phase, row by row, and the sum of its energies.
@@ -69,8 +64,8 @@ void three_added(const float* a, const float* b, const float* c, long w, double*
 }
 
 // The strongest phase of those whose first row is `part`, or any number of `parts` further down.
-Phase strongest(const float* x, Size s, bool tokens, long rows, long columns, long part, long parts) {
-    const bool lanes = !tokens && s.c == 3 && s.w % LANES == 0 && LANES % columns == 0;
+Phase strongest(const float* x, Shape s, long rows, long columns, long part, long parts) {
+    const bool lanes = !s.tokens && s.c == 3 && s.w % LANES == 0 && LANES % columns == 0;
     const long width = lanes ? LANES : s.w, plane = s.h * s.w;
     std::vector<float> e(s.w);
     std::vector<double> total(rows * width, 0.0);
@@ -81,7 +76,7 @@ Phase strongest(const float* x, Size s, bool tokens, long rows, long columns, lo
             const float* row = x + u * s.w;
             three_added(row, row + plane, row + 2 * plane, s.w, into);
         } else {
-            energies(x, s, tokens, u, e.data());
+            energies(x, s, u, e.data());
             for (long j = 0; j < s.w; ++j) into[j] += e[j];
         }
     }
@@ -95,9 +90,9 @@ Phase strongest(const float* x, Size s, bool tokens, long rows, long columns, lo
     return best;
 }
 
-long strongest(const float* x, Size s, bool tokens, long rows, long columns, long threads) {
+long strongest(const float* x, Shape s, long rows, long columns, long threads) {
     std::vector<Phase> found(threads);
-    spread(threads, threads, [&](long i) { found[i] = strongest(x, s, tokens, rows, columns, i, threads); });
+    spread(threads, threads, [&](long i) { found[i] = strongest(x, s, rows, columns, i, threads); });
     for (const Phase& phase : found) found[0].meet(phase);
     return found[0].number;
 }
@@ -112,48 +107,48 @@ void roll(const float* x, float* out, long h, long w, long unit, long down, long
         std::memcpy(out + (u + 1) * row - end, x + (u + down) % h * row, end * sizeof(float));
 }
 
-// The same from planes to tokens.
-template <long C>
-void interleave(const float* x, float* out, long h, long w, long down, long right, long from, long to) {
-    for (long u = from; u < to; ++u) {
-        const float* source = x + (u + down) % h * w;
-        float* into = out + u * w * C;
-        for (long j = 0; j < w - right; ++j)
-            for (long k = 0; k < C; ++k) into[j * C + k] = source[k * h * w + j + right];
-        for (long j = w - right; j < w; ++j)
-            for (long k = 0; k < C; ++k) into[j * C + k] = source[k * h * w + j + right - w];
-    }
-}
-
 }  // namespace
 
 extern "C" {
 
 void strongest_phases(const float* x, long* best, long n, long c, long h, long w, long rows, long columns, long tokens,
                       long threads) {
-    const Size s{c, h, w};
+    const Shape s{c, h, w, bool(tokens)};
     each(n, s, threads, [=](long i, long inside) {
-        best[i] = strongest(x + i * s.count(), s, tokens, rows, columns, inside);
+        best[i] = strongest(x + i * s.count(), s, rows, columns, inside);
     });
 }
 
-// What comes as planes leaves as planes or, only where there are three, as tokens.
 void anchored(const float* x, float* out, long n, long c, long h, long w, long rows, long columns, long tokens,
-              long tokens_out, long threads) {
-    const Size s{c, h, w};
+              long threads) {
+    const Shape s{c, h, w, bool(tokens)};
     each(n, s, threads, [=](long i, long inside) {
         const float* from = x + i * s.count();
         float* to = out + i * s.count();
-        const long best = strongest(from, s, tokens, rows, columns, inside);
+        const long best = strongest(from, s, rows, columns, inside);
         const long down = best / columns, right = best % columns;
         spread(inside, inside, [=](long part) {
             const long first = part * h / inside, last = (part + 1) * h / inside;
             if (tokens)
                 roll(from, to, h, w, c, down, right, first, last);
-            else if (tokens_out)
-                interleave<3>(from, to, h, w, down, right, first, last);
             else
                 for (long k = 0; k < c * h * w; k += h * w) roll(from + k, to + k, h, w, 1, down, right, first, last);
+        });
+    });
+}
+
+// Patches of p x p: (n, h / p, w / p, dim).
+void embedded(const float* x, const float* weight, const float* bias, float* out, long n, long c, long h, long w,
+              long p, long dim, long tokens, long weight_tokens, long threads) {
+    const Shape s{c, h, w, bool(tokens)};
+    const Patches patches(s, p, dim, weight, bias, weight_tokens, threads);
+    each(n, s, threads, [=, &patches](long i, long inside) {
+        const float* map = x + i * s.count();
+        float* to = out + i * (h / p) * (w / p) * dim;
+        const long best = strongest(map, s, p, p, inside);
+        spread(inside, inside, [=, &patches](long part) {
+            const long first = part * (h / p) / inside, last = (part + 1) * (h / p) / inside;
+            patches.embed(map, best / p, best % p, first, last, to + first * (w / p) * dim);
         });
     });
 }

@@ -17,20 +17,23 @@ The operator here is for blocks with a shortcut, and moves its result back: op(r
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from opsin.layers.kept import constant
-from opsin.layers.patch import SMALL
+from opsin.layers.kept import constant, may_keep
+from opsin.layers.patch import PatchEmbed
+from opsin.layers.readers import quiet
 from opsin.layers.tokens import taken
 from opsin.layers.windows import pad_to_windows
 from opsin.ops import native
 from opsin.ops.attention.window_attention import WindowAttention
 
 SOURCE = str(Path(__file__).with_name("poly_anchor.cpp"))
-LOOPS = {"strongest_phases": "pp" + 8 * "l", "anchored": "pp" + 9 * "l"}
+LOOPS = {"strongest_phases": "pp" + 8 * "l", "anchored": "pp" + 8 * "l", "embedded": "pppp" + 9 * "l"}
 
 
 def counted(size: Sequence[int], stride: tuple[int, int]) -> tuple[int, int]:
@@ -102,17 +105,12 @@ def shifts(phases: tuple[int, int], device: torch.device) -> tuple[Int[Tensor, "
 
 
 def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[Tensor, "n c h w"]:
-    """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is.
-
-    Images may come as channels-last where the stride is that of small patches: PatchEmbed wants them so, and here that
-    costs nothing.
-    """
+    """P_s of every map, in the memory format that it has. A side that the stride does not divide stays where it is."""
     size, stride = (x.shape[2], x.shape[3]), (stride, stride) if isinstance(stride, int) else stride
     phases, tokens = counted(size, stride), as_tokens(x)
     if (run := loop("anchored", x, tokens)) is not None:
-        turn = x.shape[1] == 3 and max(stride) <= SMALL
-        moved = torch.empty_like(x, memory_format=torch.channels_last) if turn else torch.empty_like(x)
-        run(x.data_ptr(), moved.data_ptr(), *x.shape, *phases, tokens, turn or tokens, torch.get_num_threads())
+        moved = torch.empty_like(x)
+        run(x.data_ptr(), moved.data_ptr(), *x.shape, *phases, tokens, torch.get_num_threads())
         return moved
     best = strongest(x, phases)
     rows, columns = (places.index_select(0, best) for places in turned(size, phases, x.device))
@@ -121,6 +119,42 @@ def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[
         return taken(x.permute(0, 2, 3, 1).flatten(1, 2), down, right).permute(0, 3, 1, 2)
     index = (down + right).flatten(1)[:, None].expand(-1, x.shape[1], -1)
     return x.flatten(2).gather(2, index).unflatten(2, size)
+
+
+def embedded(embed: PatchEmbed, x: Float[Tensor, "n k h w"]) -> Float[Tensor, "n h2 w2 c"]:
+    """Patches of anchored maps, (N, ceil(H/p), ceil(W/p), dim): `embed(anchor(x, p))`, where they are p x p.
+
+    At inference on a processor no map is moved: its patches are read where they begin.
+    """
+    conv, p = embed.proj, embed.patch_size
+    if not _is_plain(embed, x) or (run := loop("embedded", x, as_tokens(x))) is None:
+        return embed(anchor(x, p))
+    tokens = torch.empty(len(x), x.shape[2] // p, x.shape[3] // p, conv.out_channels)
+    places = (tensor.data_ptr() for tensor in (x, conv.weight, cast(Tensor, conv.bias), tokens))
+    memory = as_tokens(x), as_tokens(conv.weight)
+    run(*places, *x.shape, p, conv.out_channels, *memory, torch.get_num_threads())
+    return embed.norm(tokens)
+
+
+def _is_plain(embed: PatchEmbed, x: Float[Tensor, "n k h w"]) -> bool:
+    """Whether a loop may do the work of the convolution: nobody would miss it, and it is as made."""
+    conv, p = embed.proj, embed.patch_size
+    if type(embed) is not PatchEmbed or type(conv) is not nn.Conv2d or conv.bias is None or not may_keep(conv, x):
+        return False
+    weight, bias = conv.weight.detach(), conv.bias.detach()
+    return (
+        native.takes(weight)
+        and native.takes(bias)
+        and (weight.is_contiguous() or as_tokens(weight))
+        and bias.is_contiguous()
+        and x.shape[2] % p == x.shape[3] % p == 0
+        and weight.shape == (conv.out_channels, x.shape[1], p, p)
+        and (conv.stride, conv.padding, conv.dilation, conv.groups) == ((p, p), (0, 0), (1, 1), 1)
+        and quiet(embed)
+        and quiet(conv)
+        and not is_in_torch_dispatch_mode()  # which counts multiply-adds, say
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 class PolyAnchorAttention(WindowAttention):
