@@ -323,6 +323,20 @@ def test_a_killed_comparison_goes_on(finished, tmp_path, no_export):
     assert trial_table(resumed) == trial_table(finished)
 
 
+def test_a_comparison_goes_on_from_what_a_kill_left_half_written(finished, tmp_path, no_export):
+    folder, alone = tmp_path / "c", tmp_path / "d"
+    shutil.copytree(finished.folder, folder)
+    for name, left in (("metanet_n-s0", ".config.json.99"), ("metanet_n-s1", ".failure.json")):
+        shutil.rmtree(folder / "trials" / name)
+        (folder / "trials" / name).mkdir()
+        (folder / "trials" / name / left).write_text("{")
+    assert trial_table(compare("digits", out=folder, progress=False, **SMALL)) == trial_table(finished)
+    alone.mkdir()
+    (alone / ".comparison.json").write_text("{")
+    compare("digits", out=alone, progress=False, **{**SMALL, "models": "metanet_n", "seeds": 1, "epochs": 1})
+    assert not (alone / ".comparison.json").exists()
+
+
 def test_a_polite_kill_is_told(tmp_path, monkeypatch, capsys):
     """Lightning turns SIGTERM into SystemExit, which says nothing by itself."""
     import opsin.train.fit as fit_module

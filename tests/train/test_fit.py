@@ -132,6 +132,21 @@ def test_a_folder_of_somebody_else_is_left_alone(data, net, out):
     assert [path.name for path in out.iterdir() if path.name != ".lock"] == ["thesis.tex"]
 
 
+def test_what_a_kill_left_half_written_is_nobodys(data, net, out):
+    out.mkdir()
+    mine = {".config.json.mine", ".thesis.tex.1"}
+    for name in (*mine, ".config.json.4321", ".metrics.parquet.17"):
+        (out / name).write_text("{")
+    with pytest.raises(BadInput, match="is not empty and not a run"):
+        fit(net(), data, out=out, **QUICK)
+    assert {path.name for path in out.iterdir()} - {".lock"} == mine
+    for name in mine:
+        (out / name).unlink()
+    (out / ".config.json.4321").write_text("{")
+    assert fit(net(), data, out=out, **QUICK).status == "finished"
+    assert not list(out.glob(".config*"))
+
+
 def test_one_process_at_a_time(data, net, out):
     with only_one(out), pytest.raises(BadInput, match=f"another process is training in '{out}'"):
         fit(net(), data, out=out, **QUICK)

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import os
+import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
+
+
+def sweep(folder: Path, names: Iterable[str]) -> None:
+    """Deletes what kills left of files of these names, half written. No other process may be writing there."""
+    for name in names:
+        for path in folder.glob(f".{name}*"):
+            if re.fullmatch(r"(\.\d+)?", path.name.removeprefix(f".{name}")):
+                path.unlink()
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from opsin.train.run import only_one
 from opsin.train.trial import Processes, Trial, one_after_another, outcome, run_trial
 
 DEFAULT_BUDGET = "3m"
+UNFINISHED = f".{SETTINGS}"  # what a kill may leave of them
 Map = Callable[[Callable[[Trial], dict], Sequence[Trial]], Iterator[tuple[Trial, dict]]]
 
 
@@ -168,7 +169,7 @@ def _check_folder(comparison: Comparison, force: bool) -> None:
                 f"'{folder}' holds a comparison with another {' and '.join(changed)}; choose another --out, or --force "
                 "to delete its trials and start anew"
             )
-    elif folder.exists() and (not folder.is_dir() or any(path.name != ".lock" for path in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {".lock", UNFINISHED}):
         raise BadInput(f"'{folder}' exists and holds no comparison; choose another --out")
 
 
@@ -179,20 +180,20 @@ def _prepare_folder(comparison: Comparison, force: bool) -> None:
         shutil.rmtree(folder / "trials", ignore_errors=True)
         for name in ("costs.parquet", "trials.parquet", "curves.parquet"):
             (folder / name).unlink(missing_ok=True)
-    (folder / "trials").mkdir(parents=True, exist_ok=True)
     save_settings(
         comparison,
         {"opsin": opsin.__version__, "commit": commit(), "machine": machine(), "threads": torch.get_num_threads()},
     )
+    (folder / "trials").mkdir(exist_ok=True)
 
 
 def save_settings(comparison: Comparison, circumstances: Mapping[str, Any]) -> None:
     """Writes comparison.json: the settings, and under what circumstances they were run."""
     path = comparison.folder / SETTINGS
     content = {"settings": asdict(comparison.settings), "circumstances": dict(circumstances)}
-    partial_file = path.with_name(f".{path.name}")
-    partial_file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial_file.replace(path)
+    unfinished = path.with_name(UNFINISHED)
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 make_callable(__name__)

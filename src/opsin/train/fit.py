@@ -16,9 +16,10 @@ from opsin.data import Data
 from opsin.errors import BadInput, TrainingFailed
 from opsin.measure import parse_duration
 from opsin.train.build import describe
+from opsin.train.checkpoint import sweep
 from opsin.train.job import Execution, Job, Request
 from opsin.train.quiet import quiet
-from opsin.train.records import CHECKPOINTS, CONFIG, RESULT
+from opsin.train.records import CHECKPOINTS, CONFIG, FILES, RESULT
 from opsin.train.run import DISK_FULL, DONE, Run, clear, only_one, open_data, read_json
 
 
@@ -82,6 +83,7 @@ def earlier(folder: Path, request: Request, force: bool) -> dict[str, Any] | Non
 
     Raises BadInput where the folder holds another run, or files that belong to none.
     """
+    sweep(folder, FILES)
     others = [path.name for path in folder.iterdir() if path.name != ".lock"]
     if force:
         clear(folder)

@@ -12,6 +12,7 @@ from opsin.train.checkpoint import write_atomic
 
 CONFIG, RESULT, METRICS = "config.json", "result.json", "metrics.parquet"
 WEIGHTS, CURVES, CHECKPOINTS, TENSORBOARD = "weights.safetensors", "curves.png", "checkpoints", "tensorboard"
+FILES = (RESULT, CONFIG, METRICS, WEIGHTS, CURVES)
 
 
 class Row(NamedTuple):

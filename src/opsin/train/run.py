@@ -27,7 +27,7 @@ from opsin.tasks import Task, TaskModel
 from opsin.tasks.registry import task_by_name
 from opsin.train.build import build_task_model, data_from
 from opsin.train.evaluate import Predictions, predict
-from opsin.train.records import CHECKPOINTS, CONFIG, CURVES, METRICS, RESULT, TENSORBOARD, WEIGHTS
+from opsin.train.records import CHECKPOINTS, CONFIG, FILES, METRICS, RESULT, TENSORBOARD, WEIGHTS
 
 FINISHED = "finished"  # the planned steps were taken
 OUT_OF_TIME = "out of time"  # the guard of the budget struck; the best weights so far are there
@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def clear(path: Path) -> None:
     """Removes the files of a run from its folder, and nothing else."""
-    for name in (RESULT, CONFIG, METRICS, WEIGHTS, CURVES):
+    for name in FILES:
         (path / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(path / name, ignore_errors=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from opsin.data import Data
 from opsin.errors import OpsinError, TrainingFailed
+from opsin.train.checkpoint import sweep
 from opsin.train.records import RESULT
 from opsin.train.run import DIVERGED, DONE
 
@@ -63,6 +64,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         from opsin.train.fit import fit
 
         (trial.folder / FAILURE).unlink(missing_ok=True)
+        sweep(trial.folder, [FAILURE])
         try:
             fit(
                 trial.model, trial.data, trial.task, recipe=trial.recipe, budget=trial.budget, epochs=trial.epochs,
