@@ -213,6 +213,9 @@ def test_gradients_autocast_counters_and_odd_sizes_see_the_convolution():
         assert counter.get_total_flops() == 2 * 2 * 24 * 48 * 16
         odd = torch.randn(2, 3, 15, 24)
         assert torch.equal(embedded(embed, odd), embed(anchor(odd, 4)))
+        for empty in ((1, 3, 0, 16), (1, 3, 16, 0)):
+            with pytest.raises(RuntimeError):
+                embedded(PatchEmbed(3, 384, 16).eval(), torch.empty(empty))
         with pytest.raises(RuntimeError, match="channels"):
             embedded(embed, torch.randn(2, 5, 16, 16))
 

@@ -124,7 +124,7 @@ def anchor(x: Float[Tensor, "n c h w"], stride: int | tuple[int, int]) -> Float[
 def embedded(embed: PatchEmbed, x: Float[Tensor, "n k h w"]) -> Float[Tensor, "n h2 w2 c"]:
     """Patches of anchored maps, (N, ceil(H/p), ceil(W/p), dim): `embed(anchor(x, p))`, where they are p x p.
 
-    At inference on a processor no map is moved: its patches are read where they begin.
+    At inference on a processor no moved map is made: patches are read where they begin.
     """
     conv, p = embed.proj, embed.patch_size
     if not _is_plain(embed, x) or (run := loop("embedded", x, as_tokens(x))) is None:
@@ -148,6 +148,7 @@ def _is_plain(embed: PatchEmbed, x: Float[Tensor, "n k h w"]) -> bool:
         and (weight.is_contiguous() or as_tokens(weight))
         and bias.is_contiguous()
         and x.shape[2] % p == x.shape[3] % p == 0
+        and 0 not in x.shape[2:]
         and weight.shape == (conv.out_channels, x.shape[1], p, p)
         and (conv.stride, conv.padding, conv.dilation, conv.groups) == ((p, p), (0, 0), (1, 1), 1)
         and quiet(embed)
